@@ -1,0 +1,179 @@
+"""The parent's end of an A/B comparison: a `Side` is one engine in a process of its own, in a session of its own.
+
+Used by `cpu_engine.py`. Knows processes, pipes, clocks and what must be cleaned up (all processes of the session, the
+shared memory they map); it must not know any engine. Every wait is bounded, and a side that does not keep to it is ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+TICK = os.sysconf("SC_CLK_TCK")
+ORDER_S = 120.0  # one run
+CLOSE_S = 20.0  # a polite end, before the impolite one
+
+
+class SideFailed(RuntimeError):
+    """A side did not start, answered with an error, or took too long."""
+
+
+def session_pids(session: int) -> list[int]:
+    """Processes of a session, also those whose parent has gone (zombies are not counted)."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit():
+            continue
+        try:
+            fields = Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.append(int(entry))
+    return found
+
+
+def session_cpu_s(session: int) -> float:
+    """CPU seconds used so far by the living processes of a session."""
+    ticks = 0
+    for pid in session_pids(session):
+        try:
+            fields = Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / TICK
+
+
+def machine_cpu_s() -> float:
+    """CPU seconds used so far by everything on this machine."""
+    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    user, nice, system, _idle, _wait, irq, softirq = map(int, fields[:7])
+    return (user + nice + system + irq + softirq) / TICK
+
+
+def shared_memory_of(pids: list[int]) -> set[str]:
+    """Files in /dev/shm that these processes map: theirs to remove once they have ended."""
+    found = set()
+    for pid in pids:
+        try:
+            maps = Path("/proc", str(pid), "maps").read_text()
+        except OSError:
+            continue
+        for line in maps.splitlines():
+            path = line[line.find("/") :].removesuffix(" (deleted)") if "/" in line else ""
+            if path.startswith("/dev/shm/"):
+                found.add(path)
+    return found
+
+
+class Side:
+    """One engine behind a pipe. `start` and `run` block, within their limits; `end` always leaves nothing behind."""
+
+    def __init__(self, name: str, python: str, worker: str, options: dict[str, Any], env: dict[str, str], log: Path):
+        self.name, self.log = name, log
+        self.about: dict[str, Any] = {}
+        self.buffer = b""
+        self.shared: set[str] = set()
+        with open(log, "wb") as stderr:
+            self.process = subprocess.Popen(
+                [python, str(HERE / worker), json.dumps(options)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                env=env,
+                cwd=log.parent,
+                start_new_session=True,
+            )
+        self.session = self.process.pid
+
+    def wait_ready(self, limit_s: float) -> None:
+        self.about = self.reply(limit_s, "start")["ready"]
+        self.shared |= shared_memory_of(session_pids(self.session))
+
+    def run(self, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
+        """One batch of requests, given at once: {"seconds", "output_tokens", "first"}."""
+        self.tell({"prompts": prompts, "max_tokens": max_tokens})
+        result = self.reply(ORDER_S, "run")
+        wanted = len(prompts) * max_tokens
+        if result["output_tokens"] != wanted:
+            raise SideFailed(f"{self.name}: {result['output_tokens']} output tokens instead of {wanted}")
+        return result
+
+    def tell(self, order: dict[str, Any]) -> None:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps(order).encode() + b"\n")
+            self.process.stdin.flush()
+        except OSError as e:
+            raise SideFailed(f"{self.name}: its worker has ended ({e})\n{self.last_words()}") from None
+
+    def reply(self, limit_s: float, what: str) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        until = time.monotonic() + limit_s
+        pipe = self.process.stdout.fileno()
+        while b"\n" not in self.buffer:
+            left = until - time.monotonic()
+            if left <= 0 or not select.select([pipe], [], [], left)[0]:
+                raise SideFailed(f"{self.name}: {what} took more than {limit_s:.0f} s\n{self.last_words()}")
+            piece = os.read(pipe, 1 << 16)
+            if not piece:
+                raise SideFailed(f"{self.name}: its worker ended during {what}\n{self.last_words()}")
+            self.buffer += piece
+        line, self.buffer = self.buffer.split(b"\n", 1)
+        message: dict[str, Any] = json.loads(line)
+        if "error" in message:
+            raise SideFailed(f"{self.name}: {message['error']}\n{self.last_words()}")
+        return message
+
+    def last_words(self, lines: int = 30) -> str:
+        text = self.log.read_text(errors="replace").splitlines()[-lines:]
+        return "\n".join(f"  {self.name}| {line}" for line in text)
+
+    def pause(self) -> None:
+        self.signal_all(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self.signal_all(signal.SIGCONT)
+
+    def signal_all(self, number: signal.Signals) -> None:
+        for pid in session_pids(self.session):
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                pass
+
+    def end(self, politely: bool) -> None:
+        """Ends every process of the session and removes the shared memory they leave behind."""
+        self.go_on()
+        self.shared |= shared_memory_of(session_pids(self.session))
+        try:
+            if politely and self.process.poll() is None:
+                self.tell({"close": True})
+                self.process.wait(CLOSE_S)
+        except (SideFailed, subprocess.TimeoutExpired):
+            pass
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        until = time.monotonic() + 10
+        while session_pids(self.session) and time.monotonic() < until:
+            self.signal_all(signal.SIGKILL)
+            time.sleep(0.05)
+        self.process.wait(10)
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                try:
+                    pipe.close()
+                except OSError:  # an order that was never read
+                    pass
+        for path in self.shared:
+            Path(path).unlink(missing_ok=True)

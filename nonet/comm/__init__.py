@@ -1,0 +1,1 @@
+"""How ranks reach each other: collectives with timeouts, another rank's memory, and the host-side step exchange."""

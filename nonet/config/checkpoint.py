@@ -1,0 +1,117 @@
+"""Reads a Hugging Face folder's config.json into what parallelism and caching need to know, old and new keys alike.
+
+Read by `config.resolve`, the models and the scheduler. What is special to one family, its file under models/ reads
+from `raw`. Knows no tensors.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nonet.errors import ConfigError, ModelError
+
+SHIPPED = Path(__file__).parent.parent / "assets"  # models that come with the package
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Shape of a decoder model with a Mixture of Experts in some of its layers."""
+
+    folder: Path
+    architecture: str
+    dtype: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int
+    num_experts: int
+    top_k: int
+    moe_intermediate_size: int
+    moe_layers: tuple[int, ...]  # indices of the layers that hold experts
+    rope_theta: float
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    eos_token_ids: tuple[int, ...]
+    raw: dict[str, Any] = field(repr=False)
+
+
+def find_folder(model: str) -> Path:
+    """The checkpoint's folder: a path, or the name of a model that is shipped. Raises ConfigError."""
+    path = Path(model).expanduser()
+    if (path / "config.json").is_file():
+        return path
+    shipped = SHIPPED / model
+    if (shipped / "config.json").is_file():
+        return shipped
+    if path.is_dir():
+        raise ConfigError("model", model, "the folder has no config.json; give a checkpoint in Hugging Face form")
+    names = sorted(p.parent.name for p in SHIPPED.glob("*/config.json"))
+    raise ConfigError("model", model, f"no such folder; give a checkpoint's folder or one of: {', '.join(names)}")
+
+
+def read_spec(model: str) -> ModelSpec:
+    """The shape of the model in a folder. Raises ConfigError (no folder) or ModelError (broken config.json)."""
+    folder = find_folder(model)
+    raw = _read_json(folder / "config.json")
+    try:
+        return _spec(folder, raw)
+    except KeyError as error:
+        raise ModelError(f"{folder / 'config.json'}: key {error.args[0]!r} is missing") from error
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{folder / 'config.json'}: {error}") from error
+
+
+def _spec(folder: Path, raw: dict[str, Any]) -> ModelSpec:
+    heads = int(raw["num_attention_heads"])
+    layers = int(raw["num_hidden_layers"])
+    rope = raw.get("rope_parameters") or {}
+    generation = folder / "generation_config.json"
+    eos = raw.get("eos_token_id")
+    if generation.is_file():
+        eos = _read_json(generation).get("eos_token_id", eos)
+    return ModelSpec(
+        folder=folder,
+        architecture=(raw.get("architectures") or ["(none)"])[0],
+        dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16").removeprefix("torch."),
+        vocab_size=int(raw["vocab_size"]),
+        hidden_size=int(raw["hidden_size"]),
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=int(raw.get("num_key_value_heads") or heads),
+        head_dim=int(raw.get("head_dim") or int(raw["hidden_size"]) // heads),
+        max_position=int(raw.get("max_position_embeddings", 2048)),
+        num_experts=int(raw.get("num_experts") or raw.get("num_local_experts") or raw.get("n_routed_experts") or 0),
+        top_k=int(raw.get("num_experts_per_tok") or 0),
+        moe_intermediate_size=int(raw.get("moe_intermediate_size") or raw.get("intermediate_size") or 0),
+        moe_layers=_moe_layers(raw, layers),
+        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
+        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
+        raw=raw,
+    )
+
+
+def _moe_layers(raw: dict[str, Any], layers: int) -> tuple[int, ...]:
+    """Qwen's rule: every `decoder_sparse_step`-th layer but for `mlp_only_layers`."""
+    step = int(raw.get("decoder_sparse_step") or 1)
+    dense = set(raw.get("mlp_only_layers") or ())
+    return tuple(layer for layer in range(layers) if layer not in dense and (layer + 1) % step == 0)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ModelError(f"{path} must hold a mapping")
+    return data

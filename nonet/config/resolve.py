@@ -1,0 +1,166 @@
+"""Turns every "auto" and default into a value, once, against the checkpoint and the machine; refuses what cannot work.
+
+Called by the front end before any rank starts. The result is what ranks receive; nobody edits it again.
+Knows no tensors: whether there is a GPU is passed in.
+"""
+
+from __future__ import annotations
+
+import os
+
+from nonet import plugins
+from nonet.config import env
+from nonet.config.checkpoint import ModelSpec
+from nonet.config.schema import (
+    CacheConfig,
+    EngineConfig,
+    LoadBalancerConfig,
+    ModelConfig,
+    MoeConfig,
+    RuntimeConfig,
+    ScheduleConfig,
+)
+from nonet.errors import ConfigError
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+CPU_KV_CACHE_BYTES = 1 << 30
+
+
+def resolve(config: EngineConfig, spec: ModelSpec, *, num_gpus: int) -> EngineConfig:
+    """The configuration with no value left open. Raises ConfigError for what cannot work together."""
+    device = config.parallel.device
+    if device == "auto":
+        device = "cuda" if num_gpus else "cpu"
+    if device == "cuda" and num_gpus < config.world_size:
+        raise ConfigError("device", "cuda", f"needs {config.world_size} GPUs, {num_gpus} found; use fewer ranks or cpu")
+    parallel = config.parallel.model_copy(update={"device": device})
+    resolved = config.model_copy(update={"parallel": parallel})
+    _check_heads(resolved, spec)
+    resolved = resolved.model_copy(
+        update={
+            "model": _model(resolved, spec),
+            "schedule": _schedule(resolved),
+            "moe": _moe(resolved, spec),
+            "runtime": _runtime(resolved),
+        }
+    )
+    return resolved.model_copy(update={"cache": _cache(resolved, spec)})
+
+
+def _check_heads(config: EngineConfig, spec: ModelSpec) -> None:
+    tp = config.parallel.tensor_parallel_size
+    valid = [n for n in range(1, spec.num_heads + 1) if not _tp_problem(spec, n)]
+    if _tp_problem(spec, tp):
+        below = max(n for n in valid if n < tp)
+        above = [n for n in valid if n > tp]
+        near = f"{below} or {above[0]}" if above else f"{below}"
+        raise ConfigError("tensor_parallel_size", tp, f"{_tp_problem(spec, tp)}; nearest that works: {near}")
+
+
+def _tp_problem(spec: ModelSpec, tp: int) -> str | None:
+    if spec.num_heads % tp:
+        return f"does not divide the model's {spec.num_heads} heads"
+    if spec.num_kv_heads % tp and tp % spec.num_kv_heads:
+        return f"neither divides nor is a multiple of the model's {spec.num_kv_heads} KV heads"
+    return None
+
+
+def _model(config: EngineConfig, spec: ModelSpec) -> ModelConfig:
+    model = config.model
+    dtype = spec.dtype if model.dtype == "auto" else model.dtype
+    if dtype not in DTYPE_BYTES:
+        raise ConfigError("dtype", dtype, f"use one of: {', '.join(DTYPE_BYTES)}")
+    length = model.max_model_len or spec.max_position
+    if length > spec.max_position:
+        raise ConfigError("max_model_len", length, f"the model was made for at most {spec.max_position}")
+    tokenizer = model.tokenizer or str(spec.folder)
+    return model.model_copy(
+        update={"dtype": dtype, "max_model_len": length, "tokenizer": tokenizer, "model": str(spec.folder)}
+    )
+
+
+def _schedule(config: EngineConfig) -> ScheduleConfig:
+    schedule = config.schedule
+    if schedule.max_num_batched_tokens < schedule.max_num_seqs:
+        raise ConfigError(
+            "max_num_batched_tokens",
+            schedule.max_num_batched_tokens,
+            f"must be at least max_num_seqs ({schedule.max_num_seqs}), so that every sequence can get a token",
+        )
+    return schedule
+
+
+def _moe(config: EngineConfig, spec: ModelSpec) -> MoeConfig:
+    moe, parallel = config.moe, config.parallel
+    update: dict[str, object] = {}
+    if config.world_size == 1:
+        update["all2all_backend"] = "local"
+    elif not parallel.enable_expert_parallel:
+        if moe.combine == "exact":
+            raise ConfigError("combine", "exact", "needs enable_expert_parallel: sliced experts are summed over ranks")
+        update["all2all_backend"] = "tensor"
+    elif moe.all2all_backend in ("local", "tensor"):
+        raise ConfigError(
+            "all2all_backend", moe.all2all_backend, "moves no tokens between ranks; with expert parallelism use another"
+        )
+    plugins.check("nonet.moe.all2all", str(update.get("all2all_backend", moe.all2all_backend)), "all2all_backend")
+    if moe.expert_backend == "auto":
+        update["expert_backend"] = "grouped"
+    else:
+        plugins.check("nonet.moe.experts", moe.expert_backend, "expert_backend")
+    if moe.combine == "exact":
+        update["expert_backend"] = "reference"
+    if moe.max_num_tokens is not None and moe.max_num_tokens < config.world_size:
+        raise ConfigError("max_num_tokens", moe.max_num_tokens, f"use at least one token a rank: {config.world_size}")
+    update["load_balancer"] = _load_balancer(config, spec)
+    return moe.model_copy(update=update)
+
+
+def _load_balancer(config: EngineConfig, spec: ModelSpec) -> LoadBalancerConfig:
+    balancer = config.moe.load_balancer
+    if balancer.layer_updates_per_iter:
+        raise ConfigError("layer_updates_per_iter", balancer.layer_updates_per_iter, "online balancing is not built yet")
+    slots = balancer.num_slots or spec.num_experts
+    if slots < spec.num_experts:
+        raise ConfigError("num_slots", slots, f"the model has {spec.num_experts} experts, and each needs a slot")
+    if slots != spec.num_experts and not config.parallel.enable_expert_parallel:
+        raise ConfigError("num_slots", slots, "replicas need enable_expert_parallel")
+    if slots != spec.num_experts and slots % config.world_size:
+        near = slots - slots % config.world_size
+        near = near if near >= spec.num_experts else near + config.world_size
+        raise ConfigError("num_slots", slots, f"does not divide over {config.world_size} ranks; nearest: {near}")
+    if balancer.initial_global_assignments is not None and not config.parallel.enable_expert_parallel:
+        raise ConfigError("initial_global_assignments", "(given)", "needs enable_expert_parallel")
+    return balancer.model_copy(update={"num_slots": slots})
+
+
+def _runtime(config: EngineConfig) -> RuntimeConfig:
+    threads = config.runtime.threads_per_rank or env.omp_num_threads()
+    if threads is None:
+        threads = max(1, len(os.sched_getaffinity(0)) // config.world_size)
+    return config.runtime.model_copy(update={"threads_per_rank": threads})
+
+
+def kv_heads_per_rank(config: EngineConfig, spec: ModelSpec) -> int:
+    """KV heads that one rank holds; where there are fewer than ranks, each is replicated."""
+    return max(1, spec.num_kv_heads // config.parallel.tensor_parallel_size)
+
+
+def block_bytes(config: EngineConfig, spec: ModelSpec) -> int:
+    """Bytes of one KV block over all layers on one rank."""
+    heads = kv_heads_per_rank(config, spec)
+    return 2 * spec.num_layers * config.cache.block_size * heads * spec.head_dim * DTYPE_BYTES[config.model.dtype]
+
+
+def _cache(config: EngineConfig, spec: ModelSpec) -> CacheConfig:
+    """On CPUs the number of blocks is settled here; on GPUs a rank settles it once the weights are loaded."""
+    cache = config.cache
+    if cache.num_blocks is not None:
+        return cache
+    if config.parallel.device == "cuda" and cache.kv_cache_memory_bytes is None:
+        return cache
+    memory = cache.kv_cache_memory_bytes or CPU_KV_CACHE_BYTES
+    size = block_bytes(config, spec)
+    if memory < size:
+        raise ConfigError("kv_cache_memory_bytes", memory, f"one block needs {size}")
+    return cache.model_copy(update={"num_blocks": memory // size})

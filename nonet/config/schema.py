@@ -1,0 +1,120 @@
+"""The configuration tree: every setting with its default and its help text.
+
+Built by `config.load`, completed by `config.resolve`, read by every floor above. Leaf names are unique over the
+whole tree and are the names users of vLLM know, so a flat keyword (`tensor_parallel_size=2`) finds its place.
+Knows no tensors and no hardware.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """A frozen group of settings; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelConfig(Section):
+    model: str = Field(description="Folder of the checkpoint in Hugging Face form, or `nonet-tiny`, which is shipped.")
+    tokenizer: str | None = Field(None, description="Folder of the tokenizer. Default: the model's.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Type of weights and activations. auto: the checkpoint's."
+    )
+    max_model_len: int | None = Field(
+        None, ge=1, description="Longest prompt + output in tokens. Default: the model's own limit."
+    )
+    seed: int = Field(0, description="Seed of requests that bring none, and of simulated routing.")
+
+
+class ParallelConfig(Section):
+    tensor_parallel_size: int = Field(1, ge=1, description="Ranks that share the heads of one attention replica (TP).")
+    data_parallel_size: int = Field(1, ge=1, description="Attention replicas, each with requests of its own (DP).")
+    enable_expert_parallel: bool = Field(
+        False,
+        description="Spread whole experts over all TP x DP ranks. Off: every rank holds a slice of every expert.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where ranks run. auto: cuda if there is one.")
+
+
+class CacheConfig(Section):
+    block_size: int = Field(16, ge=1, description="Tokens in one block of the KV cache.")
+    num_blocks: int | None = Field(
+        None, ge=1, description="Blocks of the KV cache on each rank. Default: what the memory settings allow."
+    )
+    kv_cache_memory_bytes: int | None = Field(
+        None, ge=1, description="Memory of the KV cache on each rank. Default: 1 GiB on CPU; on GPUs see next."
+    )
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="Share of a GPU's memory that weights and KV cache may fill."
+    )
+    enable_prefix_caching: bool = Field(True, description="Keep finished blocks and reuse them for equal prefixes.")
+
+
+class ScheduleConfig(Section):
+    max_num_seqs: int = Field(128, ge=1, description="Sequences in one step of one data-parallel rank.")
+    max_num_batched_tokens: int = Field(
+        2048, ge=1, description="Tokens in one step of one data-parallel rank; longer prompts are chunked."
+    )
+
+
+class LoadBalancerConfig(Section):
+    """Where experts live. The keys are TensorRT-LLM's."""
+
+    num_slots: int | None = Field(None, ge=0, description="Expert slots over all ranks. Default: one an expert.")
+    initial_global_assignments: dict[int, list[int]] | None = Field(
+        None, description="Layer index -> the expert in each of the num_slots slots; successive slots share a rank."
+    )
+    layer_updates_per_iter: int = Field(0, ge=0, description="Layers rebalanced in one step. 0: placement is static.")
+
+
+class MoeConfig(Section):
+    all2all_backend: str = Field(
+        "allgather_reducescatter", description="How tokens travel to their experts; a file in nonet/moe/all2all."
+    )
+    expert_backend: str = Field("auto", description="What computes experts; a file in nonet/moe/experts.")
+    combine: Literal["fast", "exact"] = Field(
+        "fast",
+        description="exact: one row for each (token, expert), summed in k order in float32, row by row: the same bits "
+        "under every placement and all-to-all. Slow; the reference.",
+    )
+    max_num_tokens: int | None = Field(
+        None, ge=1, description="Tokens over all ranks that one MoE pass takes; more are chunked. Default: no chunking."
+    )
+    load_balancer: LoadBalancerConfig = Field(default_factory=LoadBalancerConfig, description="Placement of experts.")
+    routing_simulation: str | None = Field(
+        None,
+        description="Replace the router: uniform_random, round_robin, zipf[:exponent] or imbalance:<ratio>. Outputs "
+        "are then meaningless. Also VLLM_MOE_ROUTING_SIMULATION_STRATEGY.",
+    )
+    randomize_dp_dummy_inputs: bool = Field(
+        False,
+        description="Ranks without work run as many random tokens as the busiest rank, and these travel: for "
+        "benchmarks. Also VLLM_RANDOMIZE_DP_DUMMY_INPUTS.",
+    )
+
+
+class RuntimeConfig(Section):
+    startup_timeout_s: float = Field(300.0, gt=0, description="Longest wait for all ranks to be ready.")
+    comm_timeout_s: float = Field(60.0, gt=0, description="Longest wait of a rank for the others inside a step.")
+    threads_per_rank: int | None = Field(
+        None, ge=1, description="CPU threads of a rank. Default: OMP_NUM_THREADS, else the cores shared evenly."
+    )
+
+
+class EngineConfig(Section):
+    """All of it. `resolved` says that no value is left to be found out."""
+
+    model: ModelConfig
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    cache: CacheConfig = Field(default_factory=CacheConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    moe: MoeConfig = Field(default_factory=MoeConfig)
+    runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
+
+    @property
+    def world_size(self) -> int:
+        return self.parallel.tensor_parallel_size * self.parallel.data_parallel_size

@@ -1,0 +1,110 @@
+"""Turns what the scheduler chose into the tensors one step needs.
+
+Used by the core (choosing logits) and the worker (building tensors). Legend: T new tokens, B decoding sequences,
+C longest context, D tokens of a dummy pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from nonet.config.fleet import split_evenly
+from nonet.engine.messages import StepBatch
+from nonet.layers.attention import AttentionBatch, Prefill
+from nonet.models.base import Batch, ep_rows
+from nonet.moe.layer import MoeBatch
+from nonet.schedule.scheduler import Scheduled
+
+
+def step_batch(items: Sequence[Scheduled]) -> StepBatch:
+    """The step in plain numbers. Logits are taken where a token is sampled or a prompt's log probability is owed."""
+    batch = StepBatch()
+    for item in items:
+        sequence, start, end = item.sequence, item.start, item.start + item.count
+        first = len(batch.tokens)
+        batch.tokens.extend(sequence.tokens[start:end])
+        batch.starts.append(start)
+        batch.counts.append(item.count)
+        batch.blocks.append(sequence.blocks)
+        batch.logit_rows.extend(first + position - start for position in prompt_positions(item))
+        if item.samples:
+            batch.logit_rows.append(first + item.count - 1)
+    return batch
+
+
+def prompt_positions(item: Scheduled) -> range:
+    """Positions of this step whose logits give a prompt token's log probability that is still owed."""
+    sequence = item.sequence
+    if not sequence.wants_prompt_logprobs:
+        return range(0)
+    end = min(item.start + item.count, sequence.num_prompt - 1)
+    return range(max(item.start, sequence.prompt_logprobs_done), end)
+
+
+class BatchBuilder:
+    """Makes a `Batch` of a `StepBatch` on one rank."""
+
+    def __init__(self, block_size: int, scratch_place: int, tp_size: int, device: torch.device) -> None:
+        self.block_size, self.scratch_place, self.tp_size, self.device = block_size, scratch_place, tp_size, device
+        self._offsets = np.arange(block_size, dtype=np.int64)
+
+    def build(self, step: StepBatch, tokens_by_dp_rank: Sequence[int]) -> Batch:
+        """`tokens_by_dp_rank` counts every data-parallel rank's tokens in this step."""
+        counts, starts = np.array(step.counts, dtype=np.int64), np.array(step.starts, dtype=np.int64)
+        num_decode = int(np.count_nonzero(counts == 1))  # they come first
+        places = [self._places(blocks, int(s + c)) for blocks, s, c in zip(step.blocks, starts, counts, strict=True)]
+        context = max((len(p) for p in places[:num_decode]), default=0)
+        decode_BC = np.zeros((num_decode, context), dtype=np.int64)
+        for row, place in enumerate(places[:num_decode]):
+            decode_BC[row, : len(place)] = place
+        lengths = starts[:num_decode] + 1
+        first = np.cumsum(counts) - counts
+        position_T = np.repeat(starts - first, counts) + np.arange(len(step.tokens))
+        own = [place[s:] for place, s in zip(places, starts, strict=True)]
+        attention = AttentionBatch(
+            place_T=self._tensor(np.concatenate(own) if own else np.zeros(0, dtype=np.int64)),
+            num_decode=num_decode,
+            decode_place_BC=self._tensor(decode_BC),
+            decode_mask_B11C=self._tensor(np.arange(context) < lengths[:, None])[:, None, None, :],
+            prefills=tuple(
+                Prefill(int(first[i]), int(counts[i]), self._tensor(places[i])) for i in range(num_decode, len(places))
+            ),
+        )
+        return Batch(
+            token_T=self._tensor(np.array(step.tokens, dtype=np.int64)),
+            position_T=self._tensor(position_T),
+            attention=attention,
+            tp_rows=split_evenly(len(step.tokens), self.tp_size),
+            moe=MoeBatch(ep_rows(tokens_by_dp_rank, self.tp_size)),
+            logit_row_B=self._tensor(np.array(step.logit_rows, dtype=np.int64)),
+        )
+
+    def dummy(self, token_D: torch.Tensor, tokens_by_dp_rank: Sequence[int]) -> Batch:
+        """A pass of tokens that belong to no request: they travel, but are no load and leave no keys behind."""
+        D = len(token_D)
+        place_D = torch.full((D,), self.scratch_place, device=self.device)
+        return Batch(
+            token_T=token_D.to(self.device),
+            position_T=torch.zeros(D, dtype=torch.int64, device=self.device),
+            attention=AttentionBatch(
+                place_T=place_D,
+                num_decode=D,
+                decode_place_BC=place_D.unsqueeze(1),
+                decode_mask_B11C=torch.ones((D, 1, 1, 1), dtype=torch.bool, device=self.device),
+                prefills=(),
+            ),
+            tp_rows=split_evenly(D, self.tp_size),
+            moe=MoeBatch(ep_rows(tokens_by_dp_rank, self.tp_size), is_load=False),
+            logit_row_B=torch.zeros(0, dtype=torch.int64, device=self.device),
+        )
+
+    def _places(self, blocks: Sequence[int], length: int) -> np.ndarray:
+        """Cache places of positions 0 .. length - 1."""
+        used = np.array(blocks[: -(-length // self.block_size)], dtype=np.int64)
+        return (used[:, None] * self.block_size + self._offsets).reshape(-1)[:length]
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device)

@@ -1,0 +1,201 @@
+"""The two faces of the engine: `LLM.generate` for scripts, `AsyncLLM.stream` for servers.
+
+Both turn prompts into sequences for the `Client` and chunks back into outputs; neither holds a tensor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import queue
+import random
+import sys
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from nonet.config import EngineConfig, build_config
+from nonet.engine import messages as m
+from nonet.engine.client import Client
+from nonet.engine.output import RequestState
+from nonet.engine.tokenizer import Tokenizer
+from nonet.errors import NonetError, RequestError
+from nonet.types import Prompt, RequestOutput, SamplingParams
+
+
+class _Front:
+    """What both faces share: a client, a tokenizer, and turning a request into sequences."""
+
+    def __init__(self, model: str | EngineConfig, **settings: Any) -> None:
+        config = model if isinstance(model, EngineConfig) else build_config(model, **settings)
+        self.client = Client(config)
+        self.config = self.client.config
+        self.tokenizer = Tokenizer(self.config.model.tokenizer or self.config.model.model)
+        self._ids = itertools.count()
+        self._random = random.Random(self.config.model.seed)
+
+    def _request(self, prompt: Prompt, params: SamplingParams, request_id: str | None) -> RequestState:
+        text = prompt if isinstance(prompt, str) else None
+        if isinstance(prompt, str):
+            tokens = self.tokenizer.encode(prompt)
+        else:
+            tokens = list(prompt["prompt_token_ids"] if isinstance(prompt, dict) else prompt)
+        limit = self.config.model.max_model_len or 0
+        if not tokens:
+            raise RequestError("prompt", prompt, "must hold at least one token")
+        if len(tokens) >= limit:
+            raise RequestError("prompt", f"{len(tokens)} tokens", f"must be shorter than max_model_len ({limit})")
+        vocabulary = self.client.spec.vocab_size
+        bad = next((t for t in tokens if not isinstance(t, int) or not 0 <= t < vocabulary), None)
+        if bad is not None:
+            raise RequestError("prompt_token_ids", bad, f"token ids are 0 to {vocabulary - 1}")
+        return RequestState(request_id or f"request-{next(self._ids)}", text, tokens, params, self.tokenizer)
+
+    def _sequences(self, state: RequestState) -> list[m.Add]:
+        params = state.params
+        room = (self.config.model.max_model_len or 0) - len(state.tokens)
+        most = room if params.max_tokens is None else min(params.max_tokens, room)
+        seed = params.seed if params.seed is not None else self._random.getrandbits(62)
+        return [m.Add(name, state.tokens, params, most, seed + i) for i, name in enumerate(state.ids)]
+
+    def close(self) -> None:
+        """End the engine and all its processes."""
+        self.client.close()
+
+
+class LLM(_Front):
+    """A model ready to generate. Settings are those of the configuration, by name.
+
+    `LLM("nonet-tiny", data_parallel_size=4, enable_expert_parallel=True)`. Raises ConfigError or ModelError.
+    """
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Continuations of one or many prompts (text, token ids, or {"prompt_token_ids": [...]}), in their order.
+
+        A progress bar is drawn on a terminal unless `use_tqdm` is off. Raises RequestError for a bad request (then
+        none runs), EngineDeadError if a rank dies.
+        """
+        many = _as_list(prompts)
+        params = sampling_params or SamplingParams()
+        each = [params] * len(many) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(many):
+            raise RequestError("sampling_params", f"{len(each)} given", f"give one, or one for each of {len(many)}")
+        states = [self._request(prompt, p, None) for prompt, p in zip(many, each, strict=True)]
+        arrived: queue.SimpleQueue[tuple[RequestState, m.Chunk | NonetError]] = queue.SimpleQueue()
+        open_states = {state.request_id: state for state in states}
+        try:
+            for state in states:
+                state.dp_rank = self.client.submit(
+                    self._sequences(state), lambda item, s=state: arrived.put((s, item))  # type: ignore[misc]
+                )
+            with _Progress(len(states), use_tqdm) as progress:
+                while open_states:
+                    state, item = arrived.get()
+                    if isinstance(item, NonetError):
+                        raise item
+                    if state.add(item):
+                        self.client.abort([item.request_id])
+                    progress.tokens(len(item.tokens))
+                    if state.finished and open_states.pop(state.request_id, None):
+                        progress.request()
+        finally:
+            self.client.abort([name for state in open_states.values() for name in state.ids])
+        return [state.result() for state in states]
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class AsyncLLM(_Front):
+    """The same engine for asyncio: requests come and go at any time."""
+
+    async def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        data_parallel_rank: int | None = None,
+    ) -> AsyncIterator[RequestOutput]:
+        """The request's state each time it grows; the last one is finished. Ending the iteration aborts the request.
+
+        Raises RequestError, CapacityError, or EngineDeadError naming the rank that died.
+        """
+        state = self._request(prompt, sampling_params or SamplingParams(), request_id)
+        arrived: asyncio.Queue[m.Chunk | NonetError] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def sink(item: m.Chunk | NonetError) -> None:
+            loop.call_soon_threadsafe(arrived.put_nowait, item)
+
+        state.dp_rank = self.client.submit(self._sequences(state), sink, data_parallel_rank)
+        try:
+            while not state.finished:
+                item = await arrived.get()
+                if isinstance(item, NonetError):
+                    raise item
+                if state.add(item):
+                    self.client.abort([item.request_id])
+                yield state.result()
+        finally:
+            if not state.finished:
+                self.client.abort(state.ids)
+
+    async def abort(self, request_id: str, n: int = 1) -> None:
+        """Forget a request by its id (and its n); its stream hears nothing more."""
+        self.client.abort([request_id] if n == 1 else [f"{request_id}#{i}" for i in range(n)])
+
+    async def __aenter__(self) -> AsyncLLM:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await asyncio.to_thread(self.close)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str | dict):
+        return [prompts]
+    many = list(prompts)
+    return [many] if many and all(isinstance(t, int) for t in many) else many  # type: ignore[list-item, return-value]
+
+
+class _Progress:
+    """A bar of finished requests with tokens per second, on a terminal."""
+
+    def __init__(self, total: int, wanted: bool) -> None:
+        self._bar: Any = None
+        self._tokens = 0
+        if wanted and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+            columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            tokens = TextColumn("{task.fields[tokens]} tokens")
+            self._bar = Progress(*columns, tokens, console=Console(stderr=True))
+            self._task = self._bar.add_task("", total=total, tokens=0)
+
+    def __enter__(self) -> _Progress:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def tokens(self, count: int) -> None:
+        self._tokens += count
+        if self._bar:
+            self._bar.update(self._task, tokens=self._tokens)
+
+    def request(self) -> None:
+        if self._bar:
+            self._bar.advance(self._task)

@@ -1,0 +1,114 @@
+"""Assembles a request's result from the chunks its sequences send: text, stop strings, log probabilities.
+
+Used by LLM and AsyncLLM in the front end's process.
+"""
+
+from __future__ import annotations
+
+from nonet.engine.messages import Chunk, TokenLogprob
+from nonet.engine.tokenizer import Tokenizer
+from nonet.types import CompletionOutput, Logprob, RequestOutput, SamplingParams, TokenLogprobs
+
+
+class CompletionState:
+    """One of a request's n sequences. `output.text` never shows a part of a stop string that may yet complete."""
+
+    def __init__(self, index: int, params: SamplingParams, tokenizer: Tokenizer) -> None:
+        self.output = CompletionOutput(index)
+        if params.logprobs is not None:
+            self.output.logprobs, self.output.cumulative_logprob = [], 0.0
+        self._params, self._tokenizer = params, tokenizer
+        self._detokenizer = tokenizer.stream(params.skip_special_tokens)
+        self._text = ""
+        self._hold = max((len(s) for s in params.stop), default=1) - 1
+        if params.include_stop_str_in_output:
+            self._hold = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.output.finish_reason is not None
+
+    def add(self, chunk: Chunk) -> bool:
+        """Take in new tokens. True if a stop string ended the text while the engine goes on: abort it there."""
+        out = self.output
+        for i, token in enumerate(chunk.tokens):
+            out.token_ids.append(token)
+            if chunk.logprobs is not None and out.logprobs is not None:
+                out.logprobs.append(named(chunk.logprobs[i], self._tokenizer))
+                out.cumulative_logprob = (out.cumulative_logprob or 0.0) + chunk.logprobs[i][0][1]
+            before = len(self._text)
+            if token != chunk.stop_token:
+                self._text += self._detokenizer.add(token)
+            if self._stopped(before):
+                return chunk.finish_reason is None
+        if chunk.finish_reason is not None:
+            before = len(self._text)
+            self._text += self._detokenizer.flush()
+            if not self._stopped(before):
+                self._end(self._text, chunk.finish_reason, chunk.stop_token)
+        else:
+            out.text = self._text[: len(self._text) - self._hold] if self._hold else self._text
+        return False
+
+    def _stopped(self, before: int) -> bool:
+        """Whether a stop string now stands in the text, which then ends there."""
+        if not self._params.stop or len(self.output.token_ids) < self._params.min_tokens:
+            return False
+        first = max(0, before - max(len(s) for s in self._params.stop) + 1)
+        hits = [(at, stop) for stop in self._params.stop if (at := self._text.find(stop, first)) >= 0]
+        if not hits:
+            return False
+        at, stop = min(hits)
+        self._end(self._text[: at + len(stop) * self._params.include_stop_str_in_output], "stop", stop)
+        return True
+
+    def _end(self, text: str, reason: str, stop: int | str | None) -> None:
+        self.output.text, self.output.finish_reason, self.output.stop_reason = text, reason, stop
+
+
+class RequestState:
+    """A request and its n sequences, whose ids are `ids`."""
+
+    def __init__(
+        self, request_id: str, prompt: str | None, tokens: list[int], params: SamplingParams, tokenizer: Tokenizer
+    ) -> None:
+        self.request_id, self.prompt, self.tokens, self.params = request_id, prompt, tokens, params
+        self.ids = [request_id] if params.n == 1 else [f"{request_id}#{i}" for i in range(params.n)]
+        self.completions = [CompletionState(i, params, tokenizer) for i in range(params.n)]
+        self.num_cached = 0
+        self.dp_rank = 0
+        self._tokenizer = tokenizer
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        if params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None]
+
+    @property
+    def finished(self) -> bool:
+        return all(completion.finished for completion in self.completions)
+
+    def add(self, chunk: Chunk) -> bool:
+        """Take in a chunk of one sequence; True if the engine should abort that sequence."""
+        index = self.ids.index(chunk.request_id)
+        if self.completions[index].finished:
+            return False
+        self.num_cached = max(self.num_cached, chunk.num_cached)
+        if index == 0 and chunk.prompt_logprobs and self.prompt_logprobs is not None:
+            self.prompt_logprobs.extend(named(entry, self._tokenizer) for entry in chunk.prompt_logprobs)
+        return self.completions[index].add(chunk)
+
+    def result(self) -> RequestOutput:
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=self.tokens,
+            outputs=[completion.output for completion in self.completions],
+            finished=self.finished,
+            prompt_logprobs=self.prompt_logprobs,
+            num_cached_tokens=self.num_cached,
+            dp_rank=self.dp_rank,
+        )
+
+
+def named(entries: list[TokenLogprob], tokenizer: Tokenizer) -> TokenLogprobs:
+    """By token id, with each token's text."""
+    return {token: Logprob(value, rank, tokenizer.decode([token], False)) for token, value, rank in entries}

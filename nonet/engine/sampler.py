@@ -1,0 +1,98 @@
+"""Draws the next token of each sequence from its logits, and reports log probabilities.
+
+Run by the first rank of each data-parallel group. A sequence's random numbers depend on its seed and position only.
+Legend: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from nonet.engine.messages import TokenLogprob
+from nonet.schedule.sequence import Sequence
+
+_MASK = (1 << 63) - 1
+
+
+class Sampler:
+    """Knows the end-of-sequence tokens; keeps no state between steps."""
+
+    def __init__(self, eos_token_ids: Seq[int]) -> None:
+        self.eos_token_ids = tuple(eos_token_ids)
+
+    def sample(self, logits_BV: Tensor, sequences: Seq[Sequence]) -> list[int]:
+        """One token for each row; row b belongs to `sequences[b]`."""
+        logits_BV = logits_BV.float()
+        adjusted = [b for b, sequence in enumerate(sequences) if self._adjusts(sequence)]
+        if adjusted:
+            logits_BV = logits_BV.clone()
+            for b in adjusted:
+                self._adjust(logits_BV[b], sequences[b])
+        tokens = logits_BV.argmax(dim=-1).tolist()
+        for b, sequence in enumerate(sequences):
+            if not sequence.params.greedy:
+                tokens[b] = draw(logits_BV[b], sequence)
+        return tokens
+
+    def _adjusts(self, sequence: Sequence) -> bool:
+        p = sequence.params
+        return bool(
+            p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0
+            or sequence.num_output < p.min_tokens
+        )
+
+    def _adjust(self, logits_V: Tensor, sequence: Sequence) -> None:
+        """Penalties (OpenAI's two over the output; repetition over prompt and output, Keskar 2019) and min_tokens."""
+        p = sequence.params
+        if p.repetition_penalty != 1.0:
+            seen = torch.tensor(sequence.tokens, device=logits_V.device).unique()
+            value = logits_V[seen]
+            logits_V[seen] = torch.where(value > 0, value / p.repetition_penalty, value * p.repetition_penalty)
+        if (p.presence_penalty or p.frequency_penalty) and sequence.num_output:
+            token, count = torch.tensor(sequence.outputs, device=logits_V.device).unique(return_counts=True)
+            logits_V[token] -= p.presence_penalty + p.frequency_penalty * count
+        if sequence.num_output < p.min_tokens:
+            logits_V[list({*self.eos_token_ids, *p.stop_token_ids})] = float("-inf")
+
+
+def draw(logits_V: Tensor, sequence: Sequence) -> int:
+    """One token by temperature, min_p, top_k, top_p; the largest probability / exponential noise wins."""
+    p = sequence.params
+    logits_V = logits_V / p.temperature
+    if p.min_p > 0:
+        floor = logits_V.max() + torch.log(torch.tensor(p.min_p))
+        logits_V = logits_V.masked_fill(logits_V < floor, float("-inf"))
+    if 0 < p.top_k < len(logits_V):
+        lowest = torch.topk(logits_V, p.top_k).values[-1]
+        logits_V = logits_V.masked_fill(logits_V < lowest, float("-inf"))
+    probability_V = torch.softmax(logits_V, dim=-1)
+    if p.top_p < 1.0:
+        ordered, index = probability_V.sort(descending=True, stable=True)
+        out = ordered.cumsum(0) - ordered >= p.top_p  # the first to reach top_p stays
+        probability_V = probability_V.index_fill(0, index[out], 0.0)
+    noise = torch.empty(len(probability_V)).exponential_(generator=_generator(sequence))
+    return int((probability_V / noise.to(probability_V.device)).argmax())
+
+
+def _generator(sequence: Sequence) -> torch.Generator:
+    """Random numbers of this sequence at this position, on the CPU so that devices agree."""
+    mixed = (sequence.seed * 0x9E3779B97F4A7C15 + len(sequence.tokens) * 0xBF58476D1CE4E5B9 + 1) & _MASK
+    mixed ^= mixed >> 31
+    return torch.Generator().manual_seed((mixed * 0x94D049BB133111EB) & _MASK)
+
+
+def logprobs(logits_BV: Tensor, tokens: Seq[int], counts: Seq[int]) -> list[list[TokenLogprob]]:
+    """For each row its token's log probability and rank, then the `counts[b]` most likely, before any adjustment."""
+    table = torch.log_softmax(logits_BV.float(), dim=-1)
+    out = []
+    for row, token, count in zip(table, tokens, counts, strict=True):
+        value = row[token]
+        entries: list[TokenLogprob] = [(token, float(value), int((row > value).sum()) + 1)]
+        best = torch.topk(row, min(count, len(row)))
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        entries.extend((i, v, rank) for rank, (i, v) in enumerate(pairs, 1) if i != token)
+        out.append(entries)
+    return out

@@ -1,0 +1,65 @@
+"""Text to tokens and back, by the `tokenizers` library. Used by the front end; ranks see only numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import Tokenizer as Backend
+from tokenizers.decoders import DecodeStream
+
+from nonet.errors import ModelError, RequestError
+
+
+class Tokenizer:
+    """A folder's tokenizer.json. Without one, prompts must be token ids and outputs carry no text."""
+
+    def __init__(self, folder: str) -> None:
+        path = Path(folder) / "tokenizer.json"
+        self.folder = folder
+        self.backend: Backend | None = None
+        if path.is_file():
+            try:
+                self.backend = Backend.from_file(str(path))
+            except Exception as error:  # noqa: BLE001 - the library raises bare Exception
+                raise ModelError(f"{path} is no tokenizer: {error}") from error
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids with the tokenizer's own special tokens. Raises RequestError if there is no tokenizer."""
+        if self.backend is None:
+            raise RequestError("prompt", text[:40], f"{self.folder} has no tokenizer.json; give prompt_token_ids")
+        return list(self.backend.encode(text).ids)
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool = True) -> str:
+        if self.backend is None:
+            return ""
+        return str(self.backend.decode(tokens, skip_special_tokens=skip_special_tokens))
+
+    def stream(self, skip_special_tokens: bool) -> Detokenizer:
+        return Detokenizer(self, skip_special_tokens)
+
+
+class Detokenizer:
+    """Text of one growing token sequence; never ends within a character."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        self._tokenizer, self._skip = tokenizer, skip_special_tokens
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._tokens: list[int] = []
+        self._length = 0
+
+    def add(self, token: int) -> str:
+        """The text that this token completes, perhaps none."""
+        if self._tokenizer.backend is None:
+            return ""
+        self._tokens.append(token)
+        text = self._stream.step(self._tokenizer.backend, token) or ""
+        self._length += len(text)
+        return text
+
+    def flush(self) -> str:
+        """What is left at the end: bytes that never became a character show as the replacement character."""
+        if self._tokenizer.backend is None:
+            return ""
+        text = self._tokenizer.decode(self._tokens, self._skip)[self._length :]
+        self._length += len(text)
+        return text

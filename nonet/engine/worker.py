@@ -1,0 +1,130 @@
+"""One rank's tensors: the loaded model, its KV cache, and running a step through them.
+
+Owned by the rank's loop (`core`); knows nothing of requests or sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nonet import plugins
+from nonet.comm.world import World
+from nonet.config.checkpoint import ModelSpec
+from nonet.config.fleet import Fleet
+from nonet.config.resolve import block_bytes, kv_heads_per_rank
+from nonet.config.schema import EngineConfig
+from nonet.engine.batch import BatchBuilder
+from nonet.engine.messages import StepBatch
+from nonet.eplb.placement import Placement
+from nonet.errors import CapacityError
+from nonet.layers.attention import KvCache
+from nonet.models.base import Parts, family_of
+from nonet.moe.base import All2AllSpec
+from nonet.moe.load import LoadCounter
+from nonet.weights.loader import Checkpoint
+
+
+def placement_of(config: EngineConfig, spec: ModelSpec) -> Placement:
+    """The static placement that the configuration asks for. Raises ConfigError."""
+    balancer, ranks = config.moe.load_balancer, config.world_size
+    slots = balancer.num_slots or spec.num_experts
+    if balancer.initial_global_assignments is not None:
+        given = balancer.initial_global_assignments
+        return Placement.from_assignments(given, spec.moe_layers, spec.num_experts, slots, ranks)
+    return Placement.contiguous(len(spec.moe_layers), spec.num_experts, ranks, slots)
+
+
+class Worker:
+    """Loads this rank's part of the model and runs steps."""
+
+    def __init__(self, config: EngineConfig, spec: ModelSpec, world: World) -> None:
+        self.config, self.spec, self.world = config, spec, world
+        self.dtype = getattr(torch, config.model.dtype)
+        tp = world.tp.size
+        self.placement = placement_of(config, spec)
+        self.load = LoadCounter(len(spec.moe_layers), spec.num_experts, world.device)
+        most = -(-config.schedule.max_num_batched_tokens // tp)
+        chunk = config.moe.max_num_tokens
+        max_rows = most if chunk is None else min(most, max(1, chunk // world.size))
+        fleet = self.placement.fleet
+        if config.moe.all2all_backend == "tensor":
+            fleet = Fleet.even(world.size, spec.num_experts)
+        all2all = plugins.load("nonet.moe.all2all", config.moe.all2all_backend, "all2all_backend")
+        experts = plugins.load("nonet.moe.experts", config.moe.expert_backend, "expert_backend")
+        self.all2all = all2all.create(
+            All2AllSpec(
+                world.ep, fleet, spec.top_k, spec.hidden_size, self.dtype, max_rows, config.moe.combine == "exact"
+            )
+        )
+        checkpoint = Checkpoint(spec.folder, self.dtype, world.device)
+        self.model = family_of(spec).Model(
+            Parts(
+                spec=spec,
+                config=config,
+                checkpoint=checkpoint,
+                tp=world.tp,
+                ep=world.ep,
+                placement=self.placement,
+                all2all=self.all2all,
+                experts=experts.create(),
+                load=self.load,
+                max_rows=max_rows,
+                dtype=self.dtype,
+                device=world.device,
+            )
+        )
+        self.bytes_read = checkpoint.bytes_read
+        checkpoint.close()
+        self.num_blocks = self._count_blocks()
+        self.cache = self._allocate_cache()
+        block_size = config.cache.block_size
+        self.builder = BatchBuilder(block_size, self.num_blocks * block_size, tp, world.device)
+        self.steps = 0
+
+    def _count_blocks(self) -> int:
+        """Settled by the configuration, or on a GPU by the memory that is left; the least over all ranks."""
+        if self.config.cache.num_blocks is not None:
+            return self.config.cache.num_blocks
+        free, total = torch.cuda.mem_get_info(self.world.device)
+        room = int(total * self.config.cache.gpu_memory_utilization) - (total - free)
+        count = min(self.world.ep.all_gather_object(room // block_bytes(self.config, self.spec) - 1))
+        if count < 1:
+            raise CapacityError(
+                f"no room for the KV cache: {free >> 20} of {total >> 20} MiB free after loading; "
+                f"raise gpu_memory_utilization or use more ranks"
+            )
+        return count
+
+    def _allocate_cache(self) -> list[KvCache]:
+        """Keys and values of each layer, with one scratch block behind the last."""
+        places = (self.num_blocks + 1) * self.config.cache.block_size
+        shape = (places, kv_heads_per_rank(self.config, self.spec), self.spec.head_dim)
+
+        def zeros() -> Tensor:
+            return torch.zeros(shape, dtype=self.dtype, device=self.world.device)
+
+        return [(zeros(), zeros()) for _ in range(self.model.num_layers)]
+
+    @torch.inference_mode()
+    def run(self, step: StepBatch, tokens_by_dp_rank: Sequence[int]) -> Tensor:
+        """Run a step with all ranks; [B, V] logits of the rows asked for, on every tensor-parallel rank."""
+        self.steps += 1
+        batch = self.builder.build(step, tokens_by_dp_rank)
+        hidden_BD = self.model.forward(batch, self.cache)
+        if not step.logit_rows:
+            return hidden_BD
+        return self.model.logits(hidden_BD)
+
+    @torch.inference_mode()
+    def run_dummy(self, num_tokens: int, tokens_by_dp_rank: Sequence[int]) -> None:
+        """Random tokens through the model, the same on the ranks of a tensor-parallel group."""
+        self.steps += 1
+        generator = torch.Generator().manual_seed(self.steps * self.world.dp_size + self.world.dp_rank)
+        token_D = torch.randint(self.spec.vocab_size, (num_tokens,), generator=generator)
+        self.model.forward(self.builder.dummy(token_D, tokens_by_dp_rank), self.cache)
+
+    def close(self) -> None:
+        self.all2all.close()

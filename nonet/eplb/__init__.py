@@ -1,0 +1,1 @@
+"""Where experts live and how their load is spread. NumPy, no torch."""

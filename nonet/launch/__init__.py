@@ -1,0 +1,1 @@
+"""How ranks come to be: on this host by fork, elsewhere by torchrun, Slurm or Kubernetes."""

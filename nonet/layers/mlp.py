@@ -1,0 +1,39 @@
+"""The dense gated MLP, its intermediate width split over the tensor-parallel ranks.
+
+Legend: T rows of all tensor-parallel ranks, D hidden, I this rank's part of the intermediate width.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nonet.comm.group import Group
+from nonet.config.fleet import split_evenly
+from nonet.weights.loader import Checkpoint, Range
+
+
+def span_of(width: int, parts: int, part: int) -> Range:
+    """Part `part` of a width split as evenly as it goes."""
+    bounds = (0, *accumulate(split_evenly(width, parts)))
+    return bounds[part], bounds[part + 1]
+
+
+class DenseMlp:
+    """Gathers rows, computes its slice, and scatters the sum back to the rows' ranks."""
+
+    def __init__(self, checkpoint: Checkpoint, prefix: str, intermediate_size: int, tp: Group) -> None:
+        self.tp = tp
+        span = span_of(intermediate_size, tp.size, tp.rank)
+        self.gate_up = torch.cat(
+            [checkpoint.read(f"{prefix}.{part}_proj.weight", rows=span) for part in ("gate", "up")]
+        )
+        self.down = checkpoint.read(f"{prefix}.down_proj.weight", columns=span)
+
+    def forward(self, x_tD: Tensor, rows: tuple[int, ...]) -> Tensor:
+        x_TD = self.tp.all_gather_rows(x_tD, rows).wait()
+        gate, up = F.linear(x_TD, self.gate_up).chunk(2, dim=-1)
+        return self.tp.reduce_scatter_rows(F.linear(F.silu(gate) * up, self.down), rows).wait()

@@ -1,0 +1,137 @@
+"""The joints of the MoE layer: what an all-to-all and an expert kernel must do, and what passes between them.
+
+Implemented by the files in `all2all/` and `experts/`, composed by `layer`. Neither knows the other's insides.
+Legend: T own tokens, D hidden, K top-k, N received rows, M (row, slot) pairs, S slots on this rank, G all slots,
+R expert-parallel ranks, I expert intermediate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from nonet.comm.group import Group, Pending
+from nonet.config.fleet import Fleet
+from nonet.weights.slots import SlotWeights
+
+Takes = Literal["pairs", "rows"]
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatched:
+    """Rows that arrived for this rank's slots, and the pairs of (row, slot) to compute, grouped by slot.
+
+    N and M are upper bounds; rows that no pair reads are undefined. Slot s owns the pairs
+    `start_S[s] : start_S[s] + count_S[s]`.
+    """
+
+    x_ND: Tensor
+    row_M: Tensor  # int64: the row each pair reads
+    weight_M: Tensor  # float32: its router weight
+    pair_NK: Tensor  # int64: the pair of each (row, k), or -1 if that slot is on another rank
+    start_S: Tensor  # int64
+    count_S: Tensor  # int64
+    ticket: object  # the backend's own, read only by its combine
+
+
+class All2All(Protocol):
+    """Moves tokens to the ranks that hold their slots, and results back. Built by a backend's `create(spec)`.
+
+    Every rank of the group calls dispatch and combine equally often and in the same order, also with zero tokens.
+    A token whose slots are -1 does not travel, and its result is zero.
+    """
+
+    captures: bool  # no host synchronisation inside: safe in CUDA graphs
+    takes: Takes  # what combine wants of the experts: one unweighted row a pair, or weighted sums a row
+
+    def dispatch(self, x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor, rows: Sequence[int]) -> Pending[Dispatched]:
+        """Start sending. x_TD in the model's dtype, slot_TK int64 global slots, weight_TK float32.
+
+        `rows` is the token count T of every rank, the same list on all of them.
+        """
+        ...
+
+    def combine(self, y: Tensor, sent: Dispatched) -> Pending[Tensor]:
+        """Start bringing back y ([M, D] or [N, D], as `takes` says); the result is [T, D] in x's dtype."""
+        ...
+
+    def close(self) -> None:
+        """Give back what the backend holds."""
+        ...
+
+
+class Experts(Protocol):
+    """Computes down(silu(gate(x)) * up(x)) for each pair. Built by a backend's `create()`."""
+
+    def __call__(self, sent: Dispatched, weights: SlotWeights, takes: Takes) -> Tensor:
+        """y_MD (one unweighted row a pair), or y_ND (weighted, summed over this rank's slots in k order)."""
+        ...
+
+
+@dataclass(frozen=True)
+class All2AllSpec:
+    """What a backend is built for. `max_rows` bounds the tokens of one rank in one dispatch."""
+
+    group: Group
+    fleet: Fleet
+    top_k: int
+    hidden_size: int
+    dtype: torch.dtype
+    max_rows: int
+    exact: bool  # one row a pair, summed in k order in float32 at the token's own rank
+
+    @property
+    def first_slot(self) -> int:
+        return self.fleet.first_slot[self.group.rank]
+
+    @property
+    def num_slots(self) -> int:
+        """Slots on this rank."""
+        return self.fleet.slots_by_rank[self.group.rank]
+
+
+def group_by_slot(x_ND: Tensor, slot_NK: Tensor, weight_NK: Tensor, num_slots: int, ticket: object) -> Dispatched:
+    """Sort the pairs of received rows by slot. slot_NK are this rank's slots 0..S-1, or -1 for elsewhere."""
+    N, K = slot_NK.shape
+    flat = slot_NK.reshape(-1)
+    key = torch.where(flat < 0, num_slots, flat)
+    order = torch.argsort(key, stable=True)
+    count = torch.bincount(key, minlength=num_slots + 1)[:num_slots]
+    place = torch.empty_like(order)
+    place[order] = torch.arange(N * K, device=order.device)
+    pair_NK = torch.where(flat < 0, -1, place).view(N, K)
+    return Dispatched(
+        x_ND=x_ND,
+        row_M=order // K,
+        weight_M=weight_NK.reshape(-1)[order],
+        pair_NK=pair_NK,
+        start_S=torch.cumsum(count, 0) - count,
+        count_S=count,
+        ticket=ticket,
+    )
+
+
+def sum_pairs(y_MD: Tensor, pair_NK: Tensor, weight_NK: Tensor) -> Tensor:
+    """[N, D] float32: each row's pairs, weighted and summed in k order. Pairs -1 add nothing, whatever y holds."""
+    N, K = pair_NK.shape
+    out = torch.zeros((N, y_MD.shape[1]), dtype=torch.float32, device=y_MD.device)
+    if y_MD.shape[0] == 0:
+        return out
+    for k in range(K):
+        pair = pair_NK[:, k]
+        here = (pair >= 0).unsqueeze(1)
+        term = y_MD[pair.clamp(min=0)].float() * weight_NK[:, k].unsqueeze(1)
+        out += torch.where(here, term, 0.0)
+    return out
+
+
+def weight_of_pairs(sent: Dispatched) -> Tensor:
+    """[N, K] float32: the router weight of each (row, k) on this rank; 0 elsewhere."""
+    if sent.weight_M.numel() == 0:
+        return torch.zeros(sent.pair_NK.shape, dtype=torch.float32, device=sent.pair_NK.device)
+    weight = sent.weight_M[sent.pair_NK.clamp(min=0)]
+    return torch.where(sent.pair_NK >= 0, weight, 0.0)

@@ -1,0 +1,1 @@
+"""Expert kernels: one file each, found by name. Each offers `create() -> Experts`."""

@@ -1,0 +1,122 @@
+"""What callers hand in and get back: sampling parameters, prompts, outputs.
+
+Used by every floor above; knows no tensors. Names are the field's (vLLM, OpenAI).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypedDict
+
+import msgspec
+
+from nonet.errors import RequestError
+
+MAX_LOGPROBS = 100
+
+
+class TokensPrompt(TypedDict):
+    """A prompt that is already token ids."""
+
+    prompt_token_ids: list[int]
+
+
+Prompt = str | TokensPrompt | list[int]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the next token is chosen and when to stop. Raises RequestError for a value out of range.
+
+    Temperature 0 is greedy. `seed` gives the same random numbers whatever else is in the batch.
+    `stop` strings are cut from the text unless `include_stop_str_in_output`.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 or -1: all tokens
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    max_tokens: int | None = 16  # None: until the model's length
+    min_tokens: int = 0
+    stop: list[str] = []
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+    logprobs: int | None = None  # this many most likely tokens beside the sampled one
+    prompt_logprobs: int | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            msgspec.structs.force_setattr(self, "stop", [self.stop])
+        if self.stop is None:
+            msgspec.structs.force_setattr(self, "stop", [])
+        for name, ok, remedy in (
+            ("n", self.n >= 1, "use 1 or more"),
+            ("temperature", 0.0 <= self.temperature <= 100.0, "use 0 (greedy) to 100"),
+            ("top_p", 0.0 < self.top_p <= 1.0, "use a value in (0, 1]"),
+            ("top_k", self.top_k >= -1, "use -1 or 0 (all) or a positive count"),
+            ("min_p", 0.0 <= self.min_p <= 1.0, "use a value in [0, 1]"),
+            ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "use a value in [-2, 2]"),
+            ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "use a value in [-2, 2]"),
+            ("repetition_penalty", 0.0 < self.repetition_penalty < float("inf"), "use a value above 0"),
+            ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "use 1 or more"),
+            ("min_tokens", self.min_tokens >= 0, "use 0 or more"),
+            ("min_tokens", self.max_tokens is None or self.min_tokens <= self.max_tokens, "use at most max_tokens"),
+            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"use 0 to {MAX_LOGPROBS}"),
+            (
+                "prompt_logprobs",
+                self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= MAX_LOGPROBS,
+                f"use 0 to {MAX_LOGPROBS}",
+            ),
+            ("stop", all(isinstance(s, str) and s for s in self.stop), "use non-empty strings"),
+        ):
+            if not ok:
+                raise RequestError(name, getattr(self, name), remedy)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Natural log probability of one token before penalties and temperature, and its rank (1 = most likely)."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+TokenLogprobs = dict[int, Logprob]
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One of a request's n continuations, as far as it has come."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    cumulative_logprob: float | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str | None = None  # "stop" | "length" | "abort"
+    stop_reason: int | str | None = None  # the stop string or token id that ended it
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """A request's result (LLM.generate), or its state so far (AsyncLLM.stream)."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool = False
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache
+    dp_rank: int = 0  # the data-parallel rank that served it
