@@ -29,7 +29,8 @@ class Windows:
             os.ftruncate(fd, max(1, nbytes))
             places = group.all_gather_object((socket.gethostname(), os.getpid(), fd))
             if len({host for host, _, _ in places}) > 1:
-                raise CommError(f"shared memory needs all ranks on one host, these are on {sorted({p[0] for p in places})}")
+                hosts = sorted({host for host, _, _ in places})
+                raise CommError(f"shared memory needs all ranks on one host, these are on {hosts}")
             self.memory: list[mmap.mmap] = [_map(pid, number, nbytes) for _, pid, number in places]
             group.barrier()  # everyone has mapped it: the descriptor may go
         finally:

@@ -29,15 +29,20 @@ class World:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         timeout = datetime.timedelta(seconds=timeout_s)
         try:
-            self._store = dist.TCPStore(
-                place.host, place.port, place.size, place.listen_fd is not None, timeout, master_listen_fd=place.listen_fd
+            self._store = dist.TCPStore(  # type: ignore[attr-defined]
+                place.host,
+                place.port,
+                place.size,
+                is_master=place.listen_fd is not None,
+                timeout=timeout,
+                master_listen_fd=place.listen_fd,
             )
         except RuntimeError as error:
             raise CommTimeout(f"meeting the other ranks at {place.host}:{place.port}", timeout_s) from error
         backend = "nccl" if device == "cuda" else "gloo"
         dist.init_process_group(
             backend,
-            store=dist.PrefixStore("nonet", self._store),
+            store=dist.PrefixStore("nonet", self._store),  # type: ignore[attr-defined]
             rank=self.rank,
             world_size=self.size,
             timeout=timeout,

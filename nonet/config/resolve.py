@@ -119,7 +119,8 @@ def _moe(config: EngineConfig, spec: ModelSpec) -> MoeConfig:
 def _load_balancer(config: EngineConfig, spec: ModelSpec) -> LoadBalancerConfig:
     balancer = config.moe.load_balancer
     if balancer.layer_updates_per_iter:
-        raise ConfigError("layer_updates_per_iter", balancer.layer_updates_per_iter, "online balancing is not built yet")
+        updates = balancer.layer_updates_per_iter
+        raise ConfigError("layer_updates_per_iter", updates, "online balancing is not built yet; use 0")
     slots = balancer.num_slots or spec.num_experts
     if slots < spec.num_experts:
         raise ConfigError("num_slots", slots, f"the model has {spec.num_experts} experts, and each needs a slot")

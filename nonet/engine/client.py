@@ -10,7 +10,6 @@ import glob
 import itertools
 import os
 import threading
-import time
 import uuid
 import weakref
 from collections.abc import Callable, Sequence
@@ -190,7 +189,7 @@ class Client:
                 if message.kind == "CapacityError":
                     error = CapacityError(*message.arguments)
                 elif message.kind == "RequestError":
-                    error = RequestError(*message.arguments)  # type: ignore[arg-type]
+                    error = RequestError(*message.arguments)
                 with self._lock:
                     refused = self._forget(message.request_id)
                 if refused is not None:
@@ -281,7 +280,7 @@ def _rebuild(failed: m.Failed) -> NonetError:
     """The error a rank raised, or EngineDeadError with its words, naming the rank."""
     kind = getattr(errors, failed.kind, EngineDeadError)
     if failed.kind in ("ConfigError", "RequestError") and len(failed.arguments) == 3:
-        return kind(*failed.arguments)  # type: ignore[no-any-return]
+        return kind(*failed.arguments)
     if failed.kind == "ModelError":
         return errors.ModelError(failed.text)
     return EngineDeadError(f"rank {failed.rank}: {failed.text}")

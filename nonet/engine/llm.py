@@ -101,7 +101,8 @@ class LLM(_Front):
                     if state.add(item):
                         self.client.abort([item.request_id])
                     progress.tokens(len(item.tokens))
-                    if state.finished and open_states.pop(state.request_id, None):
+                    if state.finished and state.request_id in open_states:
+                        del open_states[state.request_id]
                         progress.request()
         finally:
             self.client.abort([name for state in open_states.values() for name in state.ids])

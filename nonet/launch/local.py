@@ -8,6 +8,7 @@ Its standard output carries one JSON line an event. Knows no torch and nothing o
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import json
@@ -62,10 +63,8 @@ class Node:
         """End all ranks and the supervisor; returns when they are gone (bounded)."""
         assert self._process.stdin is not None
         if not self._process.stdin.closed:
-            try:
+            with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()
-            except BrokenPipeError:
-                pass
         try:
             self._process.wait(STOP_GRACE_S)
         except subprocess.TimeoutExpired:
@@ -143,10 +142,8 @@ def _watch(ranks: dict[int, int], events: Any) -> None:
         os.kill(pid, signal.SIGKILL)
     for pid in ranks:
         os.waitpid(pid, 0)
-    try:
+    with contextlib.suppress(BrokenPipeError):
         events.write(json.dumps({"event": "done"}) + "\n")
-    except BrokenPipeError:
-        pass
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:
@@ -165,8 +162,6 @@ def _reap(ranks: dict[int, int]) -> list[tuple[int, int, int]]:
 
 def _report(events: Any, rank: int, status: int) -> None:
     how = signal.Signals(-status).name if status < 0 else f"exit code {status}"
-    try:
+    with contextlib.suppress(BrokenPipeError):
         events.write(json.dumps({"event": "died", "rank": rank, "how": how}) + "\n")
-    except BrokenPipeError:
-        pass
 

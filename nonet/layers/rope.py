@@ -12,7 +12,9 @@ from torch import Tensor
 class Rope:
     """Tables of cosine and sine up to the longest position, made once."""
 
-    def __init__(self, head_dim: int, theta: float, max_position: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, head_dim: int, theta: float, max_position: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
         angle = torch.outer(torch.arange(max_position).float(), inverse)
         angle = torch.cat([angle, angle], dim=-1)

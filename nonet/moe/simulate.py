@@ -49,7 +49,8 @@ def _imbalance(ratio: float | None, num_experts: int, top_k: int, num_ranks: int
     hot = (1 + ratio) / num_ranks
     if hot * top_k > first:
         limit = first * num_ranks / top_k - 1
-        raise ConfigError("routing_simulation", strategy, f"rank 0 has {first} experts for top-{top_k}: at most {limit:g}")
+        remedy = f"rank 0 has {first} experts for top-{top_k}: at most {limit:g}"
+        raise ConfigError("routing_simulation", strategy, remedy)
     share = torch.full((num_experts,), (1 - hot) / (num_experts - first))
     share[:first] = hot / first
     return share

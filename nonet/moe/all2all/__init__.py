@@ -1,1 +1,1 @@
-"""All-to-alls: one file each, found by name. Each offers `create(spec) -> All2All` and `unavailable() -> str | None`."""
+"""All-to-alls: one file each, found by name. Each offers `create(spec) -> All2All`."""

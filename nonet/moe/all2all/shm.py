@@ -27,7 +27,7 @@ from nonet.moe.base import All2All, All2AllSpec, Dispatched, Takes, group_by_slo
 
 def create(spec: All2AllSpec) -> All2All:
     if spec.group.device.type != "cpu":
-        raise ConfigError("all2all_backend", "shm", "moves CPU tensors; on GPUs use allgather_reducescatter or all2allv")
+        raise ConfigError("all2all_backend", "shm", "moves CPU tensors; on GPUs use allgather_reducescatter")
     return SharedMemory(spec)
 
 
