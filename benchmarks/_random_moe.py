@@ -1,7 +1,8 @@
 """A small random Mixture-of-Experts model in Hugging Face form, for the benchmarks of this folder.
 
-Qwen3-MoE layout: config.json, model.safetensors and a formal tokenizer (the benchmarks send token ids). The shape is
-one place, `SHAPE`: 61.4 million parameters, 32 experts of which each token takes 4. Weights are normal(0, 0.02), norms 1.
+Qwen3-MoE layout: config.json, model.safetensors and a formal tokenizer (the benchmarks send token ids).
+`SHAPE` has 61.4 million parameters, and 32 experts of which each token takes 4. Weights are normal(0, 0.02),
+norms 1.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ SHAPE: dict[str, Any] = {
 
 
 def config() -> dict[str, Any]:
-    """The model's config.json, with the keys of both generations (rope_theta and rope_parameters, and so on)."""
+    """The model's config.json, with the keys of both generations, as rope_theta and rope_parameters."""
     return {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
@@ -56,7 +57,8 @@ def config() -> dict[str, Any]:
 def shapes() -> dict[str, tuple[int, ...]]:
     """Every tensor of the checkpoint, by its released (per-expert) name."""
     d, head, vocab = SHAPE["hidden_size"], SHAPE["head_dim"], SHAPE["vocab_size"]
-    q, kv, inner = SHAPE["num_attention_heads"] * head, SHAPE["num_key_value_heads"] * head, SHAPE["moe_intermediate_size"]
+    q, kv = SHAPE["num_attention_heads"] * head, SHAPE["num_key_value_heads"] * head
+    inner = SHAPE["moe_intermediate_size"]
     out: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (vocab, d),
         "model.norm.weight": (d,),
@@ -91,7 +93,11 @@ def write_tokenizer(folder: Path) -> None:
         "pre_tokenizer": {"type": "WhitespaceSplit"},
         "post_processor": None,
         "decoder": None,
-        "model": {"type": "WordLevel", "vocab": {word: i for i, word in enumerate(words)}, "unk_token": "<pad>"},
+        "model": {
+            "type": "WordLevel",
+            "vocab": {word: i for i, word in enumerate(words)},
+            "unk_token": "<pad>",
+        },
     }
     about = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -1,4 +1,4 @@
-"""nonet's side of `cpu_engine.py`: one offline engine, kept up and driven by JSON lines (see _side_protocol.py).
+"""nonet's side of `cpu_engine.py`: one offline engine, driven by JSON lines (see _side_protocol.py).
 
     python _side_nonet.py '{"model": FOLDER, "ranks": 2}'
 
@@ -36,7 +36,8 @@ def start(options: dict[str, Any]) -> Engine:
 
     def generate(prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
         params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-        outs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        requests: list[Any] = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outs = llm.generate(requests, params, use_tqdm=False)
         return [list(out.outputs[0].token_ids) for out in outs]
 
     return Engine(generate, llm.close, {"nonet": nonet_version(), "torch": version("torch"), **parallel})

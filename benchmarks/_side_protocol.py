@@ -1,10 +1,11 @@
 """The worker's end of a benchmark's A/B comparison: JSON lines in on stdin, JSON lines out on stdout.
 
-Used by the `_side_*.py` workers, each of which runs in its own engine's environment: nothing but the standard library
-here. A worker keeps its engine up between orders, so that runs of two engines can alternate while both are warm.
+Used by the `_side_*.py` workers, each in its own engine's environment: nothing but the standard library here.
+A worker keeps its engine up between orders, so that runs of two engines can alternate while both are warm.
 
-    -> {"prompts": [[5, 9, ...], ...], "max_tokens": 64}     <- {"seconds": 0.3, "output_tokens": 64, "first": [17]}
-    -> {"close": true}  or end of file                       <- nothing; the worker ends its engine and exits
+    -> {"prompts": [[5, 9, ...], ...], "max_tokens": 64}
+    <- {"seconds": 0.3, "output_tokens": 64, "first": [17]}
+    -> {"close": true}, or end of file: the worker ends its engine and exits
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Engine:
 
 
 def private_pipes() -> tuple[TextIO, TextIO]:
-    """Takes stdin and stdout for the protocol; whatever else prints, in this process or a child, goes to stderr."""
+    """Takes stdin and stdout for the protocol; what else is printed, here or in a child, goes to stderr."""
     orders, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
@@ -45,7 +46,7 @@ def timed_run(engine: Engine, order: dict[str, Any]) -> dict[str, Any]:
 
 
 def serve(start: Callable[[dict[str, Any]], Engine]) -> None:
-    """Starts the engine with the options in the first argument (JSON) and obeys orders until told to close."""
+    """Starts the engine with the options in the first argument (JSON), then obeys until told to close."""
     orders, replies = private_pipes()
 
     def reply(message: dict[str, Any]) -> None:
@@ -64,7 +65,7 @@ def serve(start: Callable[[dict[str, Any]], Engine]) -> None:
                 reply(timed_run(engine, order))
         finally:
             engine.close()
-    except Exception as e:  # the parent prints this line, and the end of our stderr below it
+    except Exception as e:  # noqa: BLE001 - the parent prints this line, and the end of our stderr below it
         traceback.print_exc()
         reply({"error": f"{type(e).__name__}: {e}"[:500]})
         sys.exit(1)

@@ -1,8 +1,9 @@
-"""vLLM's side of `cpu_engine.py`: one offline engine, kept up and driven by JSON lines (see _side_protocol.py).
+"""vLLM's side of `cpu_engine.py`: one offline engine, driven by JSON lines (see _side_protocol.py).
 
     python _side_vllm.py '{"model": FOLDER, "ranks": 2}'     (the Python of the peer's environment)
 
-Compiled mode, vLLM's default. Several ranks are tensor-parallel: expert parallelism does not run on vLLM's CPU backend.
+Compiled mode, vLLM's default. Several ranks are tensor-parallel: expert parallelism does not run on its CPU
+backend.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""The parent's end of an A/B comparison: a `Side` is one engine in a process of its own, in a session of its own.
+"""The parent's end of an A/B comparison: a `Side` is one engine in a process and a session of its own.
 
-Used by `cpu_engine.py`. Knows processes, pipes, clocks and what must be cleaned up (all processes of the session, the
-shared memory they map); it must not know any engine. Every wait is bounded, and a side that does not keep to it is ended.
+Used by `cpu_engine.py`. Knows processes, pipes, clocks and what must be cleaned up (all processes of the
+session, the shared memory they map); it must not know any engine. Every wait is bounded.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -75,7 +76,7 @@ def shared_memory_of(pids: list[int]) -> set[str]:
 
 
 class Side:
-    """One engine behind a pipe. `start` and `run` block, within their limits; `end` always leaves nothing behind."""
+    """One engine behind a pipe. `wait_ready` and `run` have time limits; `end` leaves nothing behind."""
 
     def __init__(self, name: str, python: str, worker: str, options: dict[str, Any], env: dict[str, str], log: Path):
         self.name, self.log = name, log
@@ -145,10 +146,8 @@ class Side:
 
     def signal_all(self, number: signal.Signals) -> None:
         for pid in session_pids(self.session):
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
-            except ProcessLookupError:
-                pass
 
     def end(self, politely: bool) -> None:
         """Ends every process of the session and removes the shared memory they leave behind."""
@@ -171,9 +170,7 @@ class Side:
         self.process.wait(10)
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
-                try:
+                with contextlib.suppress(OSError):  # an order that was never read
                     pipe.close()
-                except OSError:  # an order that was never read
-                    pass
         for path in self.shared:
             Path(path).unlink(missing_ok=True)

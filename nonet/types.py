@@ -25,9 +25,9 @@ Prompt = str | TokensPrompt | list[int]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How the next token is chosen and when to stop. Raises RequestError for a value out of range.
+    """How the next token is chosen and when to stop. Raises RequestError for a wrong type or a value out of range.
 
-    Temperature 0 is greedy. `seed` gives the same random numbers whatever else is in the batch.
+    Temperature 0 (or below 1e-5) is greedy. `seed` gives the same random numbers whatever else is in the batch.
     `stop` strings are cut from the text unless `include_stop_str_in_output`.
     """
 
@@ -53,8 +53,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             msgspec.structs.force_setattr(self, "stop", [self.stop])
-        if self.stop is None:
-            msgspec.structs.force_setattr(self, "stop", [])
+        for name in ("stop", "stop_token_ids"):
+            if getattr(self, name) is None:
+                msgspec.structs.force_setattr(self, name, [])
+        self._check_types()
         for name, ok, remedy in (
             ("n", self.n >= 1, "use 1 or more"),
             ("temperature", 0.0 <= self.temperature <= 100.0, "use 0 (greedy) to 100"),
@@ -73,14 +75,30 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= MAX_LOGPROBS,
                 f"use 0 to {MAX_LOGPROBS}",
             ),
-            ("stop", all(isinstance(s, str) and s for s in self.stop), "use non-empty strings"),
+            ("stop", all(self.stop), "use non-empty strings"),
+            ("stop_token_ids", all(0 <= t < 1 << 32 for t in self.stop_token_ids), "use token ids, 0 or more"),
         ):
             if not ok:
                 raise RequestError(name, getattr(self, name), remedy)
 
+    def _check_types(self) -> None:
+        """Here and not where a rank decodes the request: there a wrong type would end the rank."""
+        for name, kind in _TYPES:
+            value = getattr(self, name)
+            try:
+                value = msgspec.convert(value, kind)
+            except msgspec.ValidationError as error:
+                raise RequestError(name, value, str(error).replace("Expected", "must be", 1)) from error
+            if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+                raise RequestError(name, value, "use a number of 64 bits")
+            msgspec.structs.force_setattr(self, name, value)
+
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0.0
+        return self.temperature < 1e-5
+
+
+_TYPES = tuple((item.name, item.type) for item in msgspec.structs.fields(SamplingParams))
 
 
 @dataclass(frozen=True, slots=True)

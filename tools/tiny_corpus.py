@@ -91,11 +91,23 @@ def strip_tags(s: str) -> list[str]:
 
 
 def in_language(text: str, lang: str) -> bool:
-    """Whether a help page has really been translated."""
+    """Whether most of a help page has been translated."""
     if lang == "ru":
         return len(re.findall(r"[а-яё]", text)) > 0.6 * len(re.findall(r"[a-z]", text))
     return len(re.findall(r"\b(der|die|das|und|ist|ein|eine|den|Sie)\b", text)) > 2 * len(
         re.findall(r"\b(the|and|of|is|to)\b", text))
+
+
+def only_russian(docs: list[Doc]) -> list[Doc]:
+    """For the held-out text that ships: Russian pages without the lines that were left in English."""
+    out = []
+    for group, text in docs:
+        lines = [x for x in text.split("\n")
+                 if len(re.findall(r"[А-Яа-яЁё]", x)) >= len(re.findall(r"[A-Za-z]", x))]
+        kept = "\n".join(lines)
+        if len(kept.encode()) > max(600, 0.5 * len(text.encode())):
+            out.append((group, kept))
+    return out
 
 
 def libreoffice(src: Path, lang: str) -> Iterator[Doc]:
@@ -324,7 +336,10 @@ def build(src: Path, out: Path, heldout_dir: Path) -> None:
     for kind in KINDS:
         parts = pick(kind, list(makers[kind](src)))
         train, dropped = decontaminate(kind, parts)
-        ship = trim_heldout(parts["heldout"], HELDOUT_BYTES)
+        pool = only_russian(parts["heldout"]) if kind == "russian" else parts["heldout"]
+        ship = trim_heldout(pool, HELDOUT_BYTES)
+        asked = set().union(*(shingles(t, kind) for _, t in ship))
+        seen = set().union(*(shingles(t, kind) & asked for _, t in train))
         for name, docs in (("train", train), ("valid", parts["valid"])):
             buf = io.StringIO()
             for g, t in docs:
@@ -333,7 +348,8 @@ def build(src: Path, out: Path, heldout_dir: Path) -> None:
         (heldout_dir / f"{kind}.txt").write_text("\n\f\n".join(t for _, t in ship) + "\n", "utf-8")
         sizes = [sum(len(t.encode()) for _, t in d) for d in (train, parts["valid"], ship)]
         print(f"{kind:8s} train {sizes[0] / 1e6:6.2f} MB in {len(train)} documents, valid {sizes[1] / 1e3:.0f} kB, "
-              f"heldout {sizes[2] / 1e3:.0f} kB in {len(ship)}, removed as near-duplicates {dropped / 1e3:.0f} kB")
+              f"heldout {sizes[2] / 1e3:.0f} kB in {len(ship)}, removed as near-duplicates {dropped / 1e3:.0f} kB, "
+              f"{100 * len(seen) / max(1, len(asked)):.2f} % of the held-out shingles still occur in train")
 
 
 def main() -> None:

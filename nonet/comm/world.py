@@ -29,7 +29,7 @@ class World:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         timeout = datetime.timedelta(seconds=timeout_s)
         try:
-            self._store = dist.TCPStore(  # type: ignore[attr-defined]
+            self._store = dist.TCPStore(
                 place.host,
                 place.port,
                 place.size,
@@ -42,7 +42,7 @@ class World:
         backend = "nccl" if device == "cuda" else "gloo"
         dist.init_process_group(
             backend,
-            store=dist.PrefixStore("nonet", self._store),  # type: ignore[attr-defined]
+            store=dist.PrefixStore("nonet", self._store),
             rank=self.rank,
             world_size=self.size,
             timeout=timeout,

@@ -1,0 +1,5 @@
+"""`python -m nonet`: the same as the `nonet` command."""
+
+from nonet.cli.main import app
+
+app()
