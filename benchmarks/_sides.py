@@ -1,7 +1,7 @@
-"""The parent's end of an A/B comparison: a `Side` is one engine in a process and a session of its own.
+"""The parent's end of an A/B comparison: a `Side` is one engine in a process of its own.
 
-Used by `cpu_engine.py`. Knows processes, pipes, clocks and what must be cleaned up (all processes of the
-session, the shared memory they map); it must not know any engine. Every wait is bounded.
+Used by `cpu_engine.py`. Knows processes, pipes, clocks and what must be cleaned up (every process that
+the side started, the shared memory they map); it must not know any engine. Every wait is bounded.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import select
 import signal
 import subprocess
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 TICK = os.sysconf("SC_CLK_TCK")
+MARK = "NONET_BENCHMARK_SIDE"
 ORDER_S = 120.0  # one run
 CLOSE_S = 20.0  # a polite end, before the impolite one
 
@@ -26,31 +28,36 @@ class SideFailed(RuntimeError):
     """A side did not start, answered with an error, or took too long."""
 
 
-def session_pids(session: int) -> list[int]:
-    """Processes of a session, also those whose parent has gone (zombies are not counted)."""
+def stat_of(pid: int | str) -> list[str]:
+    """/proc/PID/stat from the process state on; all of a zombie's, none of a process that is gone."""
+    with contextlib.suppress(OSError):
+        return Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()
+    return []
+
+
+def owned_pids(session: int, mark: str) -> list[int]:
+    """Living processes of a session, and those elsewhere whose environment holds `mark`.
+
+    Each alone would miss some: an engine may give its ranks sessions of their own, and setproctitle writes over
+    the environment that the kernel shows.
+    """
     found = []
-    for entry in os.listdir("/proc"):
-        if not entry.isdigit():
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        stat = stat_of(entry)
+        if not stat or stat[0] == "Z":
             continue
-        try:
-            fields = Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[3]) == session and fields[0] != "Z":
+        owned = int(stat[3]) == session
+        with contextlib.suppress(OSError):  # it has ended, or belongs to someone else
+            owned = owned or mark.encode() in Path("/proc", entry, "environ").read_bytes()
+        if owned:
             found.append(int(entry))
     return found
 
 
-def session_cpu_s(session: int) -> float:
-    """CPU seconds used so far by the living processes of a session."""
-    ticks = 0
-    for pid in session_pids(session):
-        try:
-            fields = Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / TICK
+def cpu_s(pids: list[int]) -> float:
+    """CPU seconds used so far by these processes."""
+    stats = [stat for stat in map(stat_of, pids) if stat]
+    return sum(int(stat[11]) + int(stat[12]) for stat in stats) / TICK
 
 
 def machine_cpu_s() -> float:
@@ -64,10 +71,9 @@ def shared_memory_of(pids: list[int]) -> set[str]:
     """Files in /dev/shm that these processes map: theirs to remove once they have ended."""
     found = set()
     for pid in pids:
-        try:
+        maps = ""
+        with contextlib.suppress(OSError):
             maps = Path("/proc", str(pid), "maps").read_text()
-        except OSError:
-            continue
         for line in maps.splitlines():
             path = line[line.find("/") :].removesuffix(" (deleted)") if "/" in line else ""
             if path.startswith("/dev/shm/"):
@@ -81,6 +87,7 @@ class Side:
     def __init__(self, name: str, python: str, worker: str, options: dict[str, Any], env: dict[str, str], log: Path):
         self.name, self.log = name, log
         self.about: dict[str, Any] = {}
+        self.mark = f"{MARK}={uuid.uuid4().hex}"  # inherited by every process that the side starts
         self.buffer = b""
         self.shared: set[str] = set()
         with open(log, "wb") as stderr:
@@ -89,15 +96,20 @@ class Side:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
-                env=env,
+                env=env | dict([self.mark.split("=")]),
                 cwd=log.parent,
-                start_new_session=True,
+                start_new_session=True,  # Ctrl-C is for the parent, which ends its sides
             )
-        self.session = self.process.pid
+
+    def pids(self) -> list[int]:
+        return owned_pids(self.process.pid, self.mark)
+
+    def cpu_s(self) -> float:
+        return cpu_s(self.pids())
 
     def wait_ready(self, limit_s: float) -> None:
         self.about = self.reply(limit_s, "start")["ready"]
-        self.shared |= shared_memory_of(session_pids(self.session))
+        self.shared |= shared_memory_of(self.pids())
 
     def run(self, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
         """One batch of requests, given at once: {"seconds", "output_tokens", "first"}."""
@@ -145,14 +157,14 @@ class Side:
         self.signal_all(signal.SIGCONT)
 
     def signal_all(self, number: signal.Signals) -> None:
-        for pid in session_pids(self.session):
+        for pid in self.pids():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
     def end(self, politely: bool) -> None:
-        """Ends every process of the session and removes the shared memory they leave behind."""
+        """Ends every process of the side and removes the shared memory they leave behind."""
         self.go_on()
-        self.shared |= shared_memory_of(session_pids(self.session))
+        self.shared |= shared_memory_of(self.pids())
         try:
             if politely and self.process.poll() is None:
                 self.tell({"close": True})
@@ -164,7 +176,7 @@ class Side:
 
     def kill(self) -> None:
         until = time.monotonic() + 10
-        while session_pids(self.session) and time.monotonic() < until:
+        while self.pids() and time.monotonic() < until:
             self.signal_all(signal.SIGKILL)
             time.sleep(0.05)
         self.process.wait(10)

@@ -13,7 +13,7 @@ Exit status: 0 measured, 1 a side failed, 2 a side is missing or an argument is 
 # `--peer-as-shipped` leaves them out.
 #
 # How. Both engines are up and warm, and runs alternate (A B A B ...) with the same fresh random prompts on both
-# sides. A side is stopped (SIGSTOP to its session) while the other runs: vLLM's processes spin for a while after
+# sides. A side is stopped (SIGSTOP to all its processes) while the other runs: vLLM's processes spin for a while after
 # a request. A run is two batches: one of 1 output token, whose time is the time to the first token (of all
 # requests), and one of 64; the inter-token time is the difference of the two over 63 steps. A pair of runs in
 # which other programs took more than 0.2 cores is repeated, within 3 times the runs asked for; pairs kept
@@ -40,7 +40,7 @@ from typing import Any
 
 from _random_moe import SHAPE, write_model
 from _setups import Missing, check_sides, environment, fastest_peer, threads_of
-from _sides import Side, SideFailed, machine_cpu_s, session_cpu_s
+from _sides import Side, SideFailed, machine_cpu_s
 
 SIDES = ("nonet", "vllm")
 PROMPT, OUTPUT = 128, 64
@@ -99,11 +99,11 @@ def wait_for_quiet() -> None:
 def one_run(side: Side, other: Side, first: list[list[int]], whole: list[list[int]]) -> dict[str, Any]:
     """A batch for the first token, then a batch of 64 tokens, on `side`, while `other` is stopped."""
     side.go_on()
-    began, cpu, all_cpu = time.monotonic(), session_cpu_s(side.session), machine_cpu_s()
-    idle = session_cpu_s(other.session)
+    began, cpu, all_cpu = time.monotonic(), side.cpu_s(), machine_cpu_s()
+    idle = other.cpu_s()
     to_first, to_last = side.run(first, 1), side.run(whole, OUTPUT)
     took = time.monotonic() - began
-    cpu, idle = session_cpu_s(side.session) - cpu, session_cpu_s(other.session) - idle
+    cpu, idle = side.cpu_s() - cpu, other.cpu_s() - idle
     foreign = machine_cpu_s() - all_cpu - cpu - idle
     side.pause()
     return {

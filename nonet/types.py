@@ -76,6 +76,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 f"use 0 to {MAX_LOGPROBS}",
             ),
             ("stop", all(self.stop), "use non-empty strings"),
+            ("stop", all(s.encode(errors="ignore").decode() == s for s in self.stop), "use strings of valid Unicode"),
             ("stop_token_ids", all(0 <= t < 1 << 32 for t in self.stop_token_ids), "use token ids, 0 or more"),
         ):
             if not ok:

@@ -21,6 +21,7 @@ from train_tiny import KINDS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 Table = list[list[str]]
+Ids = NDArray[np.uint16]
 
 
 def heldout(folder: Path, kind: str) -> list[str]:
@@ -28,7 +29,7 @@ def heldout(folder: Path, kind: str) -> list[str]:
     return (folder / f"{kind}.txt").read_text("utf-8").rstrip("\n").split("\n\f\n")
 
 
-def stream(tok: Any, docs: list[str]) -> tuple[NDArray[np.uint16], int]:
+def stream(tok: Any, docs: list[str]) -> tuple[Ids, int]:
     """Token ids with <|endoftext|> before, between and after the documents, and the bytes of the text."""
     ids = [0]
     for d in docs:
@@ -37,7 +38,7 @@ def stream(tok: Any, docs: list[str]) -> tuple[NDArray[np.uint16], int]:
 
 
 @torch.no_grad()
-def run_model(model: Any, ids: NDArray[np.uint16], window: int, stride: int) -> tuple[float, NDArray[np.int64]]:
+def run_model(model: Any, ids: Ids, window: int, stride: int) -> tuple[float, NDArray[np.int64]]:
     """Bits of all text tokens, and how often each expert of each layer was chosen.
 
     Windows overlap, so every token has at least window - stride tokens before it once there are so many;
@@ -64,7 +65,7 @@ def run_model(model: Any, ids: NDArray[np.uint16], window: int, stride: int) -> 
     return bits, counts
 
 
-def five_gram(data: Path, streams: dict[str, tuple[NDArray[np.uint16], int]], vocab: int) -> dict[str, list[float]]:
+def five_gram(data: Path, streams: dict[str, tuple[Ids, int]], vocab: int) -> dict[str, list[float]]:
     """Bits per byte by kind: [trained on all kinds, trained on this kind]."""
     train = {k: np.load(data / f"{k}.train.npy") for k in KINDS}
 
@@ -117,12 +118,12 @@ def put(card: Path, name: str, text: str) -> None:
 
 
 def bpb_table(model_bpb: dict[str, float], grams: dict[str, list[float]],
-              streams: dict[str, tuple[NDArray[np.uint16], int]]) -> str:
+              streams: dict[str, tuple[Ids, int]]) -> str:
     rows = []
     for k in KINDS:
         best = min(grams[k])
-        rows.append([k, str(streams[k][1]), str(len(streams[k][0])), f"{model_bpb[k]:.3f}", f"{grams[k][0]:.3f}",
-                     f"{grams[k][1]:.3f}", f"{model_bpb[k] / best:.3f}"])
+        rows.append([k, str(streams[k][1]), str(len(streams[k][0])), f"{model_bpb[k]:.3f}",
+                     f"{grams[k][0]:.3f}", f"{grams[k][1]:.3f}", f"{model_bpb[k] / best:.3f}"])
     return render(["kind", "bytes", "tokens", "nonet-tiny", "5-gram, all kinds", "5-gram, this kind",
                    "nonet-tiny / stronger 5-gram"], rows)
 
@@ -140,7 +141,7 @@ def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--model", type=Path, default=Path("nonet/assets/nonet-tiny"))
     ap.add_argument("--heldout", type=Path, default=Path("nonet/assets/heldout"))
-    ap.add_argument("--data", type=Path, help="folder of the training tokens; without it the 5-gram is left out")
+    ap.add_argument("--data", type=Path, help="training tokens; without them no 5-gram table")
     ap.add_argument("--ranks", type=int, nargs="+", default=[4, 8])
     ap.add_argument("--samples", type=int, default=3)
     ap.add_argument("--new-tokens", type=int, default=80)

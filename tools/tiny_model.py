@@ -160,16 +160,19 @@ class TinyModel(nn.Module):
 
     def export(self) -> dict[str, Tensor]:
         """State as Hugging Face checkpoints of Qwen3-MoE name it, in bf16 on the CPU."""
-        c, out = self.c, {"model.embed_tokens.weight": self.embed.weight, "model.norm.weight": self.norm.weight}
+        c = self.c
+        out: dict[str, Tensor] = {"model.embed_tokens.weight": self.embed.weight,
+                                  "model.norm.weight": self.norm.weight}
         for i, layer in enumerate(self.layers):
+            assert isinstance(layer, Layer)
             p = f"model.layers.{i}."
             out[p + "input_layernorm.weight"] = layer.norm1.weight
             out[p + "post_attention_layernorm.weight"] = layer.norm2.weight
             for name, w in layer.attn.named_parameters():
                 out[f"{p}self_attn.{name}"] = w
             out[p + "mlp.gate.weight"] = layer.mlp.router
-            for part, w, dim in (("gate", layer.mlp.gate, 0), ("up", layer.mlp.up, 0),
-                                 ("down", layer.mlp.down, 1)):
-                for e, piece in enumerate(w.split(c.expert_size, dim)):
+            for part, mat, dim in (("gate", layer.mlp.gate, 0), ("up", layer.mlp.up, 0),
+                                   ("down", layer.mlp.down, 1)):
+                for e, piece in enumerate(torch.split(mat, c.expert_size, dim)):
                     out[f"{p}mlp.experts.{e}.{part}_proj.weight"] = piece
         return {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in out.items()}

@@ -107,7 +107,7 @@ class Sampler:
 
 
 @torch.no_grad()
-def validate(model: Any, data: Path, seq: int, device: str, batch: int) -> dict[str, float]:
+def validate(model: Any, data: Path, seq: int, device: str, batch: int, limit: int = 0) -> dict[str, float]:
     """Bits per byte of each kind's validation text, in whole windows."""
     sizes = json.loads((data / "sizes.json").read_text())
     model.eval()
@@ -115,6 +115,7 @@ def validate(model: Any, data: Path, seq: int, device: str, batch: int) -> dict[
     for kind in KINDS:
         t = torch.from_numpy(np.load(data / f"{kind}.valid.npy").astype(np.int64))
         n = max(1, (len(t) - 1) // seq)
+        n = min(n, limit) if limit else n
         x = t[: n * seq].view(n, seq).to(device)
         y = t[1: n * seq + 1].view(n, seq).to(device)
         nats = 0.0
@@ -146,6 +147,16 @@ def optimizer(model: TinyModel, decay: float, fused: bool) -> torch.optim.AdamW:
                              lr=1e-3, betas=(0.9, 0.95), eps=1e-10, fused=fused)
 
 
+def keep_best(net: Any, model: TinyModel, a: argparse.Namespace, step: int, best: float) -> dict[str, Any]:
+    """Validates; saves best.pt when the mean over the kinds is better than `best`."""
+    bpb = validate(net, a.data, a.seq, a.device, a.valid_batch, a.valid_windows)
+    mean = sum(bpb.values()) / len(bpb)
+    print("valid", round(mean, 4), {k: round(v, 4) for k, v in bpb.items()}, flush=True)
+    if mean < best:
+        torch.save({"model": model.state_dict(), "step": step, "valid": bpb}, a.out / "best.pt")
+    return {"valid": {k: round(v, 4) for k, v in bpb.items()}, "valid_mean": round(mean, 4)}
+
+
 def train(a: argparse.Namespace) -> None:
     torch.manual_seed(a.seed)
     torch.set_float32_matmul_precision("high")
@@ -155,8 +166,10 @@ def train(a: argparse.Namespace) -> None:
     opt = optimizer(model, a.decay, a.device == "cuda")
     sample = Sampler(a.data, a.seq, a.device, a.seed, a.power)
     n_par = sum(p.numel() for p in model.parameters())
-    print(f"{n_par / 1e6:.2f} M parameters, {sample.total / 1e6:.2f} M training tokens, torch {torch.__version__}, "
-          f"{torch.cuda.get_device_name() if a.device == 'cuda' else 'cpu'}", flush=True)
+    info = {"options": {k: str(v) for k, v in vars(a).items()}, "parameters": n_par,
+            "torch": torch.__version__, "train_tokens": sample.total,
+            "device": torch.cuda.get_device_name() if a.device == "cuda" else "cpu"}
+    print(json.dumps(info), flush=True)
     a.out.mkdir(parents=True, exist_ok=True)
     log: list[dict[str, Any]] = []
     best, t0, first = 9e9, time.time(), 0.0
@@ -168,13 +181,9 @@ def train(a: argparse.Namespace) -> None:
         progress = max(step / a.steps, used / a.minutes)
         done = progress >= 1
         if (step % a.every == 0 and step) or done:
-            bpb = validate(step_model, a.data, a.seq, a.device, a.valid_batch)
-            mean = sum(bpb.values()) / len(bpb)
-            log[-1] |= {"valid": {k: round(v, 4) for k, v in bpb.items()}, "valid_mean": round(mean, 4)}
-            print("valid", round(mean, 4), log[-1]["valid"], flush=True)
-            if mean < best:
-                best = mean
-                torch.save({"model": model.state_dict(), "step": step, "valid": bpb}, a.out / "best.pt")
+            log = log or [{"step": step}]
+            log[-1] |= keep_best(step_model, model, a, step, best)
+            best = min(best, log[-1]["valid_mean"])
         if done:
             break
         for g in opt.param_groups:
@@ -189,14 +198,13 @@ def train(a: argparse.Namespace) -> None:
         opt.zero_grad(set_to_none=True)
         step += 1
         if step % a.log_every == 0:
-            log.append({"step": step, "seconds": round(time.time() - t0, 1), "loss": round(loss.mean().item(), 4),
-                        "aux": round(aux.item(), 3), "norm": round(norm.item(), 2), "lr": opt.param_groups[0]["lr"]})
-            rate_now = (step - 3) * a.batch * a.seq / max(1e-3, time.time() - first) if step > 3 else 0
-            print(*(f"{k} {v:.5g}" for k, v in log[-1].items()), f"tokens/s {rate_now:.4g}", flush=True)
-    info = {"options": {k: str(v) for k, v in vars(a).items()}, "parameters": n_par, "steps": step,
-            "epochs": round(step * a.batch * a.seq / sample.total, 2), "train_tokens": sample.total,
-            "seconds": round(time.time() - t0, 1), "torch": torch.__version__,
-            "device": torch.cuda.get_device_name() if a.device == "cuda" else "cpu", "log": log}
+            log.append({"step": step, "seconds": round(time.time() - t0, 1),
+                        "loss": round(loss.mean().item(), 4), "aux": round(aux.item(), 3),
+                        "norm": round(norm.item(), 2), "lr": opt.param_groups[0]["lr"]})
+            speed = (step - 3) * a.batch * a.seq / max(1e-3, time.time() - first) if step > 3 else 0
+            print(*(f"{k} {v:.5g}" for k, v in log[-1].items()), f"tokens/s {speed:.4g}", flush=True)
+    info |= {"steps": step, "epochs": round(step * a.batch * a.seq / sample.total, 2),
+             "seconds": round(time.time() - t0, 1), "log": log}
     (a.out / "train.json").write_text(json.dumps(info))
 
 
@@ -210,7 +218,7 @@ def save(checkpoint: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(cfg.hf(), indent=2) + "\n")
     (out / "generation_config.json").write_text(json.dumps(
-        {"eos_token_id": 0, "pad_token_id": 0, "do_sample": True, "temperature": 0.8}, indent=2) + "\n")
+        {"eos_token_id": 0, "pad_token_id": 0}, indent=2) + "\n")
     save_file(model.export(), str(out / "model.safetensors"), metadata={"format": "pt"})
     print("saved", (out / "model.safetensors").stat().st_size, "bytes")
 
@@ -218,7 +226,7 @@ def save(checkpoint: Path, out: Path) -> None:
 def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("step", choices=["tokenizer", "tokens", "train", "save"])
-    ap.add_argument("--corpus", type=Path, default=Path("build/tiny/corpus"), help="jsonl files of tiny_corpus.py")
+    ap.add_argument("--corpus", type=Path, default=Path("build/tiny/corpus"), help="from tiny_corpus.py")
     ap.add_argument("--data", type=Path, default=Path("build/tiny/tokens"), help="folder of the token files")
     ap.add_argument("--model", type=Path, default=Path("nonet/assets/nonet-tiny"), help="folder that ships")
     ap.add_argument("--out", type=Path, default=Path("build/tiny/run"), help="best.pt and train.json go here")
@@ -229,6 +237,7 @@ def main() -> None:
     ap.add_argument("--minutes", type=float, default=8.0, help="the schedule never takes longer than this")
     ap.add_argument("--batch", type=int, default=32, help="windows a step")
     ap.add_argument("--valid-batch", type=int, default=8)
+    ap.add_argument("--valid-windows", type=int, default=0, help="validate on so many windows only (trials)")
     ap.add_argument("--seq", type=int, default=2048)
     ap.add_argument("--lr", type=float, default=3e-3)
     ap.add_argument("--decay", type=float, default=0.1)

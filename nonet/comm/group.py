@@ -46,9 +46,11 @@ class Group:
         self.timeout_s, self.device = timeout_s, device
         self.calls = 0  # collectives entered
         self._roll: list[memoryview] | None = None  # how many each member entered, in shared memory
-        self._handle = dist.new_group(
-            list(ranks), timeout=datetime.timedelta(seconds=timeout_s), use_local_synchronization=True
-        )
+        self._handle = None  # alone, every collective is done before it starts
+        if self.size > 1:
+            self._handle = dist.new_group(
+                list(ranks), timeout=datetime.timedelta(seconds=timeout_s), use_local_synchronization=True
+            )
 
     def keep_roll(self, words: list[memoryview]) -> None:
         """Count collectives where the others can see it, so that a time-out can name who is missing."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from nonet.errors import ConfigError, ModelError
 
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 SHIPPED = Path(__file__).parent.parent / "assets"  # models that come with the package
 
 
@@ -63,13 +64,40 @@ def read_spec(model: str) -> ModelSpec:
         return _spec(folder, raw)
     except KeyError as error:
         raise ModelError(f"{folder / 'config.json'}: key {error.args[0]!r} is missing") from error
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise ModelError(f"{folder / 'config.json'}: {error}") from error
 
 
+def refuse_unsupported(spec: ModelSpec) -> None:
+    """Raise ModelError for what config.json asks for and nobody here does: to ignore it would give wrong text."""
+    raw, path = spec.raw, spec.folder / "config.json"
+
+    def check(ok: bool, key: str, value: object, supported: str) -> None:
+        if not ok:
+            raise ModelError(f"{path}: {key} = {value!r} is not supported; supported: {supported}")
+
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = raw.get(key) or {}
+        kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+        check(kind == "default", key, raw.get(key), "rope_type default")
+        check(rope.get("partial_rotary_factor", 1) == 1, key, raw.get(key), "partial_rotary_factor 1")
+    check(not raw.get("use_sliding_window"), "use_sliding_window", raw.get("use_sliding_window"), "false")
+    check(raw.get("hidden_act", "silu") == "silu", "hidden_act", raw.get("hidden_act"), "silu")
+    quantized = raw.get("quantization_config")
+    check(not quantized, "quantization_config", quantized, f"none: weights in {', '.join(DTYPE_BYTES)}")
+    check(spec.num_experts > 0, "num_experts", spec.num_experts, "Mixture-of-Experts models")
+    check(1 <= spec.top_k <= spec.num_experts, "num_experts_per_tok", spec.top_k, f"1 to {spec.num_experts}")
+    check(bool(spec.moe_layers), "mlp_only_layers", raw.get("mlp_only_layers"), "at least one layer with experts")
+    check(spec.moe_intermediate_size > 0, "moe_intermediate_size", spec.moe_intermediate_size, "a positive width")
+    check(spec.head_dim % 2 == 0, "head_dim", spec.head_dim, "even widths: rope turns halves")
+    groups = spec.num_heads % spec.num_kv_heads == 0
+    check(groups, "num_key_value_heads", spec.num_kv_heads, f"divisors of the {spec.num_heads} heads")
+
+
 def _spec(folder: Path, raw: dict[str, Any]) -> ModelSpec:
-    heads = int(raw["num_attention_heads"])
-    layers = int(raw["num_hidden_layers"])
+    heads = _count(raw, "num_attention_heads")
+    layers = _count(raw, "num_hidden_layers")
+    hidden = _count(raw, "hidden_size")
     rope = raw.get("rope_parameters") or {}
     generation = folder / "generation_config.json"
     eos = raw.get("eos_token_id")
@@ -79,12 +107,12 @@ def _spec(folder: Path, raw: dict[str, Any]) -> ModelSpec:
         folder=folder,
         architecture=(raw.get("architectures") or ["(none)"])[0],
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16").removeprefix("torch."),
-        vocab_size=int(raw["vocab_size"]),
-        hidden_size=int(raw["hidden_size"]),
+        vocab_size=_count(raw, "vocab_size"),
+        hidden_size=hidden,
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=int(raw.get("num_key_value_heads") or heads),
-        head_dim=int(raw.get("head_dim") or int(raw["hidden_size"]) // heads),
+        head_dim=int(raw.get("head_dim") or hidden // heads),
         max_position=int(raw.get("max_position_embeddings", 2048)),
         num_experts=int(raw.get("num_experts") or raw.get("num_local_experts") or raw.get("n_routed_experts") or 0),
         top_k=int(raw.get("num_experts_per_tok") or 0),
@@ -96,6 +124,14 @@ def _spec(folder: Path, raw: dict[str, Any]) -> ModelSpec:
         eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
         raw=raw,
     )
+
+
+def _count(raw: dict[str, Any], key: str) -> int:
+    """A size that must be given and positive."""
+    value = raw[key]
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{key} = {value!r} must be a positive count")
+    return value
 
 
 def _moe_layers(raw: dict[str, Any], layers: int) -> tuple[int, ...]:

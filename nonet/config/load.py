@@ -5,7 +5,7 @@ Precedence: keyword > YAML > environment > default. Used by LLM and the command 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +17,25 @@ from nonet.config.schema import EngineConfig, Section
 from nonet.errors import ConfigError, nearest
 
 
-def leaves() -> dict[str, tuple[str, ...]]:
-    """Leaf name -> its path in the tree, such as block_size -> (cache, block_size)."""
-    found: dict[str, tuple[str, ...]] = {}
+def leaves() -> dict[str, str]:
+    """Setting -> its dotted name, such as block_size -> cache.block_size."""
+    return {name: dotted for name, dotted, is_section in _walk(EngineConfig) if not is_section}
 
-    def walk(section: type[Section], path: tuple[str, ...]) -> None:
-        for name, field in section.model_fields.items():
-            kind = field.annotation
-            if isinstance(kind, type) and issubclass(kind, Section):
-                walk(kind, (*path, name))
-                if path:
-                    found[name] = (*path, name)
-            else:
-                assert name not in found, f"setting {name} stands twice"
-                found[name] = (*path, name)
 
-    walk(EngineConfig, ())
-    return found
+def sections() -> dict[str, str]:
+    """Group of settings -> its dotted name, such as load_balancer -> moe.load_balancer."""
+    return {name: dotted for name, dotted, is_section in _walk(EngineConfig) if is_section}
+
+
+def _walk(section: type[Section], prefix: str = "") -> Iterator[tuple[str, str, bool]]:
+    """(name, dotted name, whether it is a section) of all that stands below a section."""
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            yield name, prefix + name, True
+            yield from _walk(kind, f"{prefix}{name}.")
+        else:
+            yield name, prefix + name, False
 
 
 def build_config(model: str | None = None, /, **settings: Any) -> EngineConfig:
@@ -63,33 +65,50 @@ def load_config(path: str | Path, /, **settings: Any) -> EngineConfig:
 
 
 def _merge(*sources: Mapping[str, Any]) -> dict[str, Any]:
-    """Place every setting at its path; later sources win."""
-    known = leaves()
-    sections = set(EngineConfig.model_fields)
+    """Place every setting at its path; later sources win, setting by setting."""
     tree: dict[str, Any] = {}
     for source in sources:
-        for name, value in _flatten(source, sections).items():
-            path = tuple(name.split(".")) if "." in name else known.get(name)
-            if path is None or (path[-1] not in known and path[0] not in sections):
-                raise ConfigError(name, value, f"unknown setting; {nearest(name, known)}")
-            if path[-1] not in known:
-                raise ConfigError(name, value, f"unknown setting; {nearest(path[-1], known)}")
+        placed: dict[str, Any] = {}
+        for name, value in _flatten(source):
+            dotted = _dotted(name, value)
+            if dotted in placed:
+                raise ConfigError(name, value, f"is given twice, also with {placed[dotted]!r}; give it once")
+            placed[dotted] = value
+        for dotted, value in placed.items():
+            *path, leaf = dotted.split(".")
             node = tree
-            for part in path[:-1]:
+            for part in path:
                 node = node.setdefault(part, {})
-            node[path[-1]] = value
+            node[leaf] = value
     return tree
 
 
-def _flatten(source: Mapping[str, Any], sections: set[str]) -> dict[str, Any]:
-    """Sections given as mappings become dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in source.items():
-        if name in sections and isinstance(value, Mapping):
-            flat.update({f"{name}.{key}": item for key, item in value.items()})
-        else:
-            flat[name] = value
-    return flat
+def _flatten(source: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(name, value) of each setting; sections given as mappings become dotted names, empty ones nothing."""
+    known = sections()
+    for key, value in source.items():
+        name = f"{prefix}{key}"
+        section = known.get(name.rpartition(".")[2])
+        if section is None or name not in (section, section.rpartition(".")[2]):
+            yield name, value
+        elif isinstance(value, Mapping):
+            yield from _flatten(value, f"{section}.")
+        elif value is not None or name == "model":  # the one name that is a section and a setting
+            yield name, value
+
+
+def _dotted(name: str, value: object) -> str:
+    """The full name of a setting given by its flat or its full name. Raises ConfigError."""
+    known, last = leaves(), name.rpartition(".")[2]
+    section = sections().get(last)
+    if section and last not in known and name in (last, section):
+        raise ConfigError(name, value, "is a group of settings; give a mapping")
+    dotted = known.get(last)
+    if dotted is None:
+        raise ConfigError(name, value, f"unknown setting; {nearest(last, known)}")
+    if name not in (last, dotted):
+        raise ConfigError(name, value, f"unknown setting; did you mean {dotted!r}?")
+    return dotted
 
 
 def _validate(tree: dict[str, Any]) -> EngineConfig:
@@ -98,9 +117,6 @@ def _validate(tree: dict[str, Any]) -> EngineConfig:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            remedy = f"unknown setting; {nearest(str(first['loc'][-1]), leaves())}"
-        else:
-            remedy = first["msg"][0].lower() + first["msg"][1:]
+        remedy = first["msg"][0].lower() + first["msg"][1:]
         value = None if first["type"] == "missing" else first["input"]
         raise ConfigError(field, value, remedy) from error

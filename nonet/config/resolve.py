@@ -10,7 +10,7 @@ import os
 
 from nonet import plugins
 from nonet.config import env
-from nonet.config.checkpoint import ModelSpec
+from nonet.config.checkpoint import DTYPE_BYTES, ModelSpec, refuse_unsupported
 from nonet.config.schema import (
     CacheConfig,
     EngineConfig,
@@ -22,12 +22,15 @@ from nonet.config.schema import (
 )
 from nonet.errors import ConfigError
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CPU_KV_CACHE_BYTES = 1 << 30
 
 
 def resolve(config: EngineConfig, spec: ModelSpec, *, num_gpus: int) -> EngineConfig:
-    """The configuration with no value left open. Raises ConfigError for what cannot work together."""
+    """The configuration with no value left open.
+
+    Raises ConfigError for what cannot work together, ModelError for what the model needs and nonet lacks.
+    """
+    refuse_unsupported(spec)
     device = config.parallel.device
     if device == "auto":
         device = "cuda" if num_gpus else "cpu"
@@ -92,6 +95,7 @@ def _schedule(config: EngineConfig) -> ScheduleConfig:
 
 def _moe(config: EngineConfig, spec: ModelSpec) -> MoeConfig:
     moe, parallel = config.moe, config.parallel
+    plugins.check("nonet.moe.all2all", moe.all2all_backend, "all2all_backend")
     update: dict[str, object] = {}
     if config.world_size == 1:
         update["all2all_backend"] = "local"
@@ -103,7 +107,6 @@ def _moe(config: EngineConfig, spec: ModelSpec) -> MoeConfig:
         raise ConfigError(
             "all2all_backend", moe.all2all_backend, "moves no tokens between ranks; with expert parallelism use another"
         )
-    plugins.check("nonet.moe.all2all", str(update.get("all2all_backend", moe.all2all_backend)), "all2all_backend")
     if moe.expert_backend == "auto":
         update["expert_backend"] = "grouped"
     else:

@@ -106,14 +106,14 @@ class RuntimeConfig(Section):
 
 
 class EngineConfig(Section):
-    """All of it. `resolved` says that no value is left to be found out."""
+    """All of it."""
 
-    model: ModelConfig
-    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
-    cache: CacheConfig = Field(default_factory=CacheConfig)
-    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
-    moe: MoeConfig = Field(default_factory=MoeConfig)
-    runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
+    model: ModelConfig = Field(description="What is served.")
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="Ranks, and what they share.")
+    cache: CacheConfig = Field(default_factory=CacheConfig, description="The paged KV cache of each rank.")
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="What one step may hold.")
+    moe: MoeConfig = Field(default_factory=MoeConfig, description="Experts: where they live, how tokens reach them.")
+    runtime: RuntimeConfig = Field(default_factory=RuntimeConfig, description="Time limits and threads.")
 
     @property
     def world_size(self) -> int:

@@ -11,6 +11,7 @@ import itertools
 import os
 import threading
 import uuid
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 
@@ -37,6 +38,9 @@ class Client:
     def __init__(self, config: EngineConfig) -> None:
         self.spec: ModelSpec = read_spec(config.model.model)
         self.config = resolve(config, self.spec, num_gpus=_num_gpus(config))
+        if self.config.moe.routing_simulation:
+            strategy = self.config.moe.routing_simulation
+            warnings.warn(f"routing is simulated ({strategy}): outputs are meaningless", stacklevel=3)
         self._lock = threading.Lock()
         self._open: dict[str, _Open] = {}
         self._pending = [0] * self.config.parallel.data_parallel_size  # tokens sent and not yet brought back
@@ -138,6 +142,11 @@ class Client:
         return [self._ready[rank].pid for rank in sorted(self._ready)]
 
     @property
+    def supervisor_pid(self) -> int:
+        """Process id of what started the ranks and watches them."""
+        return self._node.pid
+
+    @property
     def ready(self) -> list[m.Ready]:
         """What each rank reported at its start."""
         return [self._ready[rank] for rank in sorted(self._ready)]
@@ -150,8 +159,6 @@ class Client:
     def _check_alive(self) -> None:
         if self._error is not None:
             raise self._error
-        if self._closing:
-            raise EngineDeadError("the engine is closed")
 
     def _wait(self, done: Callable[[], bool], timeout_s: float, what: str) -> None:
         """Wait, holding the lock, until done; ends early if the engine dies."""
@@ -248,12 +255,13 @@ class Client:
         with self._lock:
             if self._closing:
                 return
-            if self._error is None:
+            alive = self._error is None and len(self._ready) == self.config.world_size
+            if alive:
                 for rank in range(self.config.world_size):
                     self._send(rank, m.Stop())
-        if len(self._ready) == self.config.world_size and self._error is None:
+        self._fail(EngineDeadError("the engine is closed"))
+        if alive:
             self._threads[1].join(_STOP_S)
-        self._fail(EngineDeadError("the engine was closed while the request ran"))
         self._closing = True
         self._leash()
         for thread in self._threads:

@@ -31,13 +31,15 @@ class CompletionState:
     def add(self, chunk: Chunk) -> bool:
         """Take in new tokens. True if a stop string ended the text while the engine goes on: abort it there."""
         out = self.output
+        ended = chunk.finish_reason == "stop" and not self._params.include_stop_str_in_output
+        hidden = len(chunk.tokens) - 1 if ended else None  # the text of the token that ended it is not shown
         for i, token in enumerate(chunk.tokens):
             out.token_ids.append(token)
             if chunk.logprobs is not None and out.logprobs is not None:
                 out.logprobs.append(named(chunk.logprobs[i], self._tokenizer))
                 out.cumulative_logprob = (out.cumulative_logprob or 0.0) + chunk.logprobs[i][0][1]
             before = len(self._text)
-            if token != chunk.stop_token:
+            if i != hidden:
                 self._text += self._detokenizer.add(token)
             if self._stopped(before):
                 return chunk.finish_reason is None
@@ -47,15 +49,15 @@ class CompletionState:
             if not self._stopped(before):
                 self._end(self._text, chunk.finish_reason, chunk.stop_token)
         else:
-            out.text = self._text[: len(self._text) - self._hold] if self._hold else self._text
+            out.text = self._text[: max(0, len(self._text) - self._hold)]
         return False
 
     def _stopped(self, before: int) -> bool:
-        """Whether a stop string now stands in the text, which then ends there."""
+        """Whether the text after `before` completes a stop string; it then ends there."""
         if not self._params.stop or len(self.output.token_ids) < self._params.min_tokens:
             return False
-        first = max(0, before - max(len(s) for s in self._params.stop) + 1)
-        hits = [(at, stop) for stop in self._params.stop if (at := self._text.find(stop, first)) >= 0]
+        places = ((self._text.find(stop, max(0, before - len(stop) + 1)), stop) for stop in self._params.stop)
+        hits = [(at, stop) for at, stop in places if at >= 0]
         if not hits:
             return False
         at, stop = min(hits)

@@ -55,7 +55,8 @@ class Sampler:
             token, count = torch.tensor(sequence.outputs, device=logits_V.device).unique(return_counts=True)
             logits_V[token] -= p.presence_penalty + p.frequency_penalty * count
         if sequence.num_output < p.min_tokens:
-            logits_V[list({*self.eos_token_ids, *p.stop_token_ids})] = float("-inf")
+            ending = {*self.eos_token_ids, *p.stop_token_ids}
+            logits_V[[token for token in ending if token < len(logits_V)]] = float("-inf")
 
 
 def draw(logits_V: Tensor, sequence: Sequence) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
-from tokenizers.decoders import DecodeStream
 
 from nonet.errors import ModelError, RequestError
 
@@ -27,7 +26,10 @@ class Tokenizer:
         """Token ids with the tokenizer's own special tokens. Raises RequestError if there is no tokenizer."""
         if self.backend is None:
             raise RequestError("prompt", text[:40], f"{self.folder} has no tokenizer.json; give prompt_token_ids")
-        return list(self.backend.encode(text).ids)
+        try:
+            return list(self.backend.encode(text).ids)
+        except TypeError as error:
+            raise RequestError("prompt", text[:40], "is not valid Unicode (half of a surrogate pair?)") from error
 
     def decode(self, tokens: list[int], skip_special_tokens: bool = True) -> str:
         if self.backend is None:
@@ -39,27 +41,35 @@ class Tokenizer:
 
 
 class Detokenizer:
-    """Text of one growing token sequence; never ends within a character."""
+    """Text of one growing token sequence; never ends within a character.
+
+    Decodes a window: the tokens whose text came out last, since a token's text may depend on the one before it, and
+    those whose text is still held back.
+    """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
         self._tokenizer, self._skip = tokenizer, skip_special_tokens
-        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
-        self._tokens: list[int] = []
-        self._length = 0
+        self._window: list[int] = []
+        self._shown_tokens, self._shown_text = 0, 0  # of the window
 
     def add(self, token: int) -> str:
         """The text that this token completes, perhaps none."""
-        if self._tokenizer.backend is None:
+        self._window.append(token)
+        text = self._held()
+        if not text or text.endswith("\ufffd"):  # a character's bytes may go on in the next token
             return ""
-        self._tokens.append(token)
-        text = self._stream.step(self._tokenizer.backend, token) or ""
-        self._length += len(text)
+        self._window = self._window[self._shown_tokens :]
+        self._shown_tokens, self._shown_text = len(self._window), len(self._decode())
         return text
 
     def flush(self) -> str:
         """What is left at the end: bytes that never became a character show as the replacement character."""
-        if self._tokenizer.backend is None:
-            return ""
-        text = self._tokenizer.decode(self._tokens, self._skip)[self._length :]
-        self._length += len(text)
+        text = self._held()
+        self._shown_tokens, self._shown_text = len(self._window), len(self._decode())
         return text
+
+    def _held(self) -> str:
+        return self._decode()[self._shown_text :]
+
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._window, self._skip)

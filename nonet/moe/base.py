@@ -95,19 +95,19 @@ class All2AllSpec:
 
 
 def group_by_slot(x_ND: Tensor, slot_NK: Tensor, weight_NK: Tensor, num_slots: int, ticket: object) -> Dispatched:
-    """Sort the pairs of received rows by slot. slot_NK are this rank's slots 0..S-1, or -1 for elsewhere."""
+    """Sort the pairs of received rows by slot. This rank's slots are 0..S-1; whatever lies outside is elsewhere."""
     N, K = slot_NK.shape
     flat = slot_NK.reshape(-1)
-    key = torch.where(flat < 0, num_slots, flat)
+    key = torch.where((flat >= 0) & (flat < num_slots), flat, num_slots)
     order = torch.argsort(key, stable=True)
     count = torch.bincount(key, minlength=num_slots + 1)[:num_slots]
     place = torch.empty_like(order)
     place[order] = torch.arange(N * K, device=order.device)
-    pair_NK = torch.where(flat < 0, -1, place).view(N, K)
+    pair_NK = place.masked_fill_(key == num_slots, -1).view(N, K)
     return Dispatched(
         x_ND=x_ND,
         row_M=order // K,
-        weight_M=weight_NK.reshape(-1)[order],
+        weight_M=weight_NK.reshape(-1).index_select(0, order),
         pair_NK=pair_NK,
         start_S=torch.cumsum(count, 0) - count,
         count_S=count,

@@ -44,21 +44,22 @@ class MoeLayer:
 
     def forward(self, x_TD: Tensor, batch: MoeBatch) -> Tensor:
         """[T, D]. Every rank makes the same number of passes, also one without tokens."""
+        expert_TK, weight_TK = self.rule(self.gate(x_TD))
+        if batch.is_load:
+            self.load.add(self.index, expert_TK)
+        slot_TK = self.lookup(expert_TK)
         passes = list(chunks(batch.rows, self.max_rows))
         if len(passes) == 1:
-            return self.one_pass(x_TD, passes[0], batch.is_load)
-        rank = self.lookup.rank
+            return self.one_pass(x_TD, slot_TK, weight_TK, passes[0])
         out, start = [x_TD[:0]], 0
         for rows in passes:
-            out.append(self.one_pass(x_TD[start : start + rows[rank]], rows, batch.is_load))
-            start += rows[rank]
+            end = start + rows[self.lookup.rank]
+            out.append(self.one_pass(x_TD[start:end], slot_TK[start:end], weight_TK[start:end], rows))
+            start = end
         return torch.cat(out)
 
-    def one_pass(self, x_TD: Tensor, rows: Sequence[int], is_load: bool) -> Tensor:
-        expert_TK, weight_TK = self.rule(self.gate(x_TD))
-        if is_load:
-            self.load.add(self.index, expert_TK)
-        sending = self.all2all.dispatch(x_TD, self.lookup(expert_TK), weight_TK, rows)
+    def one_pass(self, x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor, rows: Sequence[int]) -> Tensor:
+        sending = self.all2all.dispatch(x_TD, slot_TK, weight_TK, rows)
         shared_TD = self.shared(x_TD) if self.shared else None  # runs while tokens travel
         sent = sending.wait()
         y_TD = self.all2all.combine(self.experts(sent, self.slots, self.all2all.takes), sent).wait()

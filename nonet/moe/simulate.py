@@ -35,7 +35,7 @@ def simulated(strategy: str, num_experts: int, top_k: int, num_ranks: int, seed:
         number = float(argument) if argument else None
     except ValueError:
         raise ConfigError("routing_simulation", strategy, f"{argument!r} is not a number") from None
-    return _Drawn(makers[name](number), top_k, seed)
+    return (_Quota if name == "imbalance" else _Drawn)(makers[name](number), top_k, seed)
 
 
 def _imbalance(ratio: float | None, num_experts: int, top_k: int, num_ranks: int, strategy: str) -> Tensor:
@@ -85,6 +85,26 @@ class _Drawn:
         place_TK = torch.searchsorted(edge_TE, points_TK.clamp(max=self.top_k - 1e-4), right=True).clamp(max=E - 1)
         expert_TK = order_TE.gather(1, place_TK).to(logits_TE.device)
         return expert_TK, _equal_weights(T, self.top_k, logits_TE)
+
+
+class _Quota:
+    """K experts a token so that counts follow the shares closely in every step: systematic sampling in one random
+    order of the experts, its offset walking by the golden ratio (a low-discrepancy sequence)."""
+
+    def __init__(self, share_E: Tensor, top_k: int, seed: int) -> None:
+        self.top_k, self.next = top_k, 0
+        generator = torch.Generator().manual_seed(seed)
+        self.order_E = torch.randperm(len(share_E), generator=generator)
+        self.edge_E = _inclusion(share_E / share_E.sum(), top_k)[self.order_E].double().cumsum(0)
+        self.offset = float(torch.rand(1, generator=generator))
+
+    def __call__(self, logits_TE: Tensor) -> Route:
+        T = logits_TE.shape[0]
+        walk_T = torch.arange(self.next, self.next + T, dtype=torch.float64) * 0.6180339887498949 + self.offset
+        self.next += T
+        points_TK = (walk_T % 1).unsqueeze(1) + torch.arange(self.top_k)
+        place_TK = torch.searchsorted(self.edge_E, points_TK, right=True).clamp(max=len(self.order_E) - 1)
+        return self.order_E[place_TK].to(logits_TE.device), _equal_weights(T, self.top_k, logits_TE)
 
 
 def _inclusion(share_E: Tensor, top_k: int) -> Tensor:

@@ -32,8 +32,9 @@ class Checkpoint:
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
             try:
-                return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-            except (ValueError, KeyError, TypeError) as error:
+                file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                return {str(name): str(file) for name, file in file_of.items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ModelError(f"{index} is not a safetensors index: {error!r}") from error
         single = self.folder / "model.safetensors"
         if not single.is_file():
@@ -58,10 +59,14 @@ class Checkpoint:
         """A tensor, or part of it, in the model's dtype on the rank's device. Raises ModelError if it is not there."""
         if name not in self._file_of:
             raise ModelError(f"{self.folder}: tensor {name!r} is missing")
-        part = self._file(self._file_of[name]).get_slice(name)
+        file = self._file_of[name]
+        try:
+            part = self._file(file).get_slice(name)
+        except SafetensorError as error:
+            raise ModelError(f"{self.folder / file}: tensor {name!r} is missing, though the index names it") from error
         shape = part.get_shape()
-        for span, size in zip((rows, columns), shape, strict=False):
-            if span is not None and span[1] > size:
+        for axis, span in enumerate((rows, columns)):
+            if span is not None and (axis >= len(shape) or span[1] > shape[axis]):
                 raise ModelError(f"{self.folder}: tensor {name!r} has shape {shape}, too small for its config.json")
         if columns is not None:
             r0, r1 = rows or (0, shape[0])

@@ -5,6 +5,7 @@ A token goes once to each rank that holds at least one of its slots. Legend: see
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,14 +22,6 @@ class Route:
     counts: list[int]
     rank_TK: Tensor  # the rank of each slot, or R for slots -1
 
-    def segments(self) -> list[tuple[int, int]]:
-        """First and last + 1 sent row of each target rank."""
-        bounds, start = [], 0
-        for count in self.counts:
-            bounds.append((start, start + count))
-            start += count
-        return bounds
-
 
 class Router:
     """Finds routes for a fixed placement of slots on ranks."""
@@ -36,21 +29,21 @@ class Router:
     def __init__(self, spec: All2AllSpec) -> None:
         self.num_ranks = spec.fleet.num_ranks
         self._ends = torch.tensor(spec.fleet.first_slot[1:], device=spec.group.device)
-        self._ranks = torch.arange(self.num_ranks, device=spec.group.device)
+        self._ranks = torch.arange(self.num_ranks, device=spec.group.device).view(-1, 1, 1)
 
     def route(self, slot_TK: Tensor) -> Route:
-        rank_TK = torch.bucketize(slot_TK, self._ends, right=True)
-        rank_TK = torch.where(slot_TK < 0, self.num_ranks, rank_TK)
-        goes_RT = (rank_TK.unsqueeze(0) == self._ranks.view(-1, 1, 1)).any(dim=2)
-        token_P = goes_RT.nonzero()[:, 1]
-        return Route(token_P, goes_RT.sum(dim=1).tolist(), rank_TK)
+        rank_TK = torch.bucketize(slot_TK, self._ends, right=True).masked_fill_(slot_TK < 0, self.num_ranks)
+        goes_RT = (rank_TK == self._ranks).any(dim=2)
+        return Route(goes_RT.nonzero()[:, 1], goes_RT.sum(dim=1).tolist(), rank_TK)
 
 
-def add_rows(back_PD: Tensor, route: Route, num_tokens: int) -> Tensor:
-    """[T, D] float32: the partial sums of each token, added in rank order."""
-    out = torch.zeros((num_tokens, back_PD.shape[1]), dtype=torch.float32, device=back_PD.device)
-    for start, end in route.segments():
-        out.index_add_(0, route.token_P[start:end], back_PD[start:end].float())  # a token stands once in a segment
+def add_rows(parts: Sequence[Tensor], route: Route, num_tokens: int) -> Tensor:
+    """[T, D] float32: the partial sums of each token, added in rank order; part r came from rank r."""
+    width, device = parts[0].shape[1], parts[0].device
+    out = torch.zeros((num_tokens, width), dtype=torch.float32, device=device)
+    for token, part in zip(route.token_P.split(route.counts), parts, strict=True):
+        if len(part):
+            out.index_add_(0, token, part.float())  # a token stands once in a part: no race on GPUs
     return out
 
 

@@ -39,12 +39,6 @@ def packed_width(spec: All2AllSpec) -> int:
     return spec.hidden_size * spec.dtype.itemsize + 8 * spec.top_k
 
 
-def own_slots(slot_NK: Tensor, spec: All2AllSpec) -> Tensor:
-    """Global slots -> this rank's 0..S-1; -1 for those of other ranks."""
-    local = slot_NK - spec.first_slot
-    return torch.where((slot_NK >= 0) & (local >= 0) & (local < spec.num_slots), local, -1)
-
-
 def spread_pairs(y_MD: Tensor, pair_NK: Tensor) -> Tensor:
     """[N, K * D]: each pair's row at its (row, k), zero for pairs of other ranks: summing over ranks adds nothing."""
     N, K = pair_NK.shape

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nonet.comm.group import Pending
 from nonet.moe.all2all._route import Route, Router, add_rows, place_pairs
-from nonet.moe.all2all._rows import own_slots, pack, sum_spread, unpack
+from nonet.moe.all2all._rows import pack, sum_spread, unpack
 from nonet.moe.base import All2All, All2AllSpec, Dispatched, Takes, group_by_slot
 
 
@@ -41,13 +41,13 @@ class All2AllV:
         route = self._router.route(slot_TK)
         ones = [1] * group.size
         counts = group.all_to_all_rows(torch.tensor(route.counts, device=x_TD.device), ones, ones).wait().tolist()
-        packed = pack(x_TD[route.token_P], slot_TK[route.token_P], weight_TK[route.token_P])
+        packed = pack(x_TD, slot_TK, weight_TK).index_select(0, route.token_P)
         moving = group.all_to_all_rows(packed, route.counts, counts)
 
         def finish() -> Dispatched:
             x_ND, slot_NK, weight_NK = unpack(moving.wait(), self.spec)
             ticket = _Ticket(route, counts, weight_TK)
-            return group_by_slot(x_ND, own_slots(slot_NK, self.spec), weight_NK, self.spec.num_slots, ticket)
+            return group_by_slot(x_ND, slot_NK - self.spec.first_slot, weight_NK, self.spec.num_slots, ticket)
 
         return Pending(finish)
 
@@ -57,7 +57,8 @@ class All2AllV:
         route, group = ticket.route, self.spec.group
         if self.takes == "rows":
             rows_back = group.all_to_all_rows(y, ticket.received, route.counts)
-            return Pending(lambda: add_rows(rows_back.wait(), route, len(route.rank_TK)).to(self.spec.dtype))
+            parts = lambda: rows_back.wait().split(route.counts)
+            return Pending(lambda: add_rows(parts(), route, len(route.rank_TK)).to(self.spec.dtype))
         pairs_out = [int((part >= 0).sum()) for part in sent.pair_NK.split(ticket.received)]
         pairs_in = torch.bincount(route.rank_TK.reshape(-1), minlength=group.size + 1)[: group.size].tolist()
         flat = sent.pair_NK.reshape(-1)

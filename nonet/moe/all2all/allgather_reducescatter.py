@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nonet.comm.group import Pending
-from nonet.moe.all2all._rows import own_slots, pack, spread_pairs, sum_spread, unpack
+from nonet.moe.all2all._rows import pack, spread_pairs, sum_spread, unpack
 from nonet.moe.base import All2All, All2AllSpec, Dispatched, Takes, group_by_slot
 
 
@@ -39,7 +39,7 @@ class AllGatherReduceScatter:
         def finish() -> Dispatched:
             x_ND, slot_NK, weight_NK = unpack(gathering.wait(), self.spec)
             ticket = _Ticket(tuple(rows), slot_TK, weight_TK)
-            return group_by_slot(x_ND, own_slots(slot_NK, self.spec), weight_NK, self.spec.num_slots, ticket)
+            return group_by_slot(x_ND, slot_NK - self.spec.first_slot, weight_NK, self.spec.num_slots, ticket)
 
         return Pending(finish)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nonet.comm.group import Pending
-from nonet.moe.all2all._rows import own_slots, pack, packed_width, spread_pairs, sum_spread, unpack
+from nonet.moe.all2all._rows import pack, packed_width, spread_pairs, sum_spread, unpack
 from nonet.moe.base import All2All, All2AllSpec, Dispatched, Takes, group_by_slot
 
 
@@ -47,7 +47,7 @@ class Naive:
                 one.wait()
             x_ND, slot_NK, weight_NK = unpack(torch.cat(parts), self.spec)
             ticket = _Ticket(sum(rows[: group.rank]), slot_TK, weight_TK)
-            return group_by_slot(x_ND, own_slots(slot_NK, self.spec), weight_NK, self.spec.num_slots, ticket)
+            return group_by_slot(x_ND, slot_NK - self.spec.first_slot, weight_NK, self.spec.num_slots, ticket)
 
         return Pending(finish)
 

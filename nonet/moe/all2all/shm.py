@@ -1,11 +1,11 @@
 """One-sided exchange among CPU ranks of one host, over shared memory: no collective call in dispatch or combine.
 
-The protocol that NVLink kernels follow too, in plain PyTorch: a rank *pushes* each row once into every target's
-rank-major receive buffer, then raises its epoch flag there; a receiver waits for all flags. After computing, it lays
-results where the rows came from and raises one flag of its own; a sender waits for that and *pulls*. Buffers need no
-second copy: a rank pushes epoch e + 1 only after pulling e, and a peer overwrites results of e only after everyone
-pushed e + 1.
-Legend: see moe/base.py; B rows that one rank may send (max_rows).
+The protocol that NVLink kernels follow too, in plain PyTorch: a rank *pushes* each row once into its own place in
+every target's receive buffer, then raises a word there that carries the epoch and the number of rows; a receiver waits
+for the words of all ranks. After computing, it lays the results of all sources in one block and raises a word for each
+source that carries the epoch and where its part starts; a sender waits for those and *pulls*. Buffers need no second
+copy: a rank pushes epoch e + 1 only after pulling e, and overwrites its results of e only after everyone pushed e + 1.
+Legend: see moe/base.py; P sent rows, B rows that one rank may send (max_rows).
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from nonet.moe.all2all._route import Route, Router, add_rows, place_pairs
 from nonet.moe.all2all._rows import sum_spread
 from nonet.moe.base import All2All, All2AllSpec, Dispatched, Takes, group_by_slot
 
+_COUNT = (1 << 32) - 1  # a flag word is epoch << 32 | number of rows, or first row
+
 
 def create(spec: All2AllSpec) -> All2All:
     if spec.group.device.type != "cpu":
@@ -31,11 +33,11 @@ def create(spec: All2AllSpec) -> All2All:
     return SharedMemory(spec)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Ticket:
     epoch: int
     route: Route
-    received: list[int]
+    received: list[int]  # rows from each rank
     weight_TK: Tensor
 
 
@@ -47,50 +49,48 @@ class SharedMemory:
         self.takes: Takes = "pairs" if spec.exact else "rows"
         self.epoch = 0
         group, B, K, D = spec.group, spec.max_rows, spec.top_k, spec.hidden_size
-        R, ranks = group.size, range(group.size)
-        y_rows = K if spec.exact else 1  # results a row: one a pair, or their sum
-        sizes = [16 * R, 64, R * B * D * spec.dtype.itemsize, R * B * K * 8, R * B * K * 4]
-        sizes.append(R * B * y_rows * D * spec.dtype.itemsize)
+        R, me, ranks = group.size, group.rank, range(group.size)
+        y_rows = R * B * (K if spec.exact else 1)  # results: one a pair, or their sum
+        sizes = [8 * R, 8 * R, R * B * D * spec.dtype.itemsize, R * B * 2 * K * 4, y_rows * D * spec.dtype.itemsize]
         offset = [sum(align(size) for size in sizes[:i]) for i in range(len(sizes) + 1)]
-        self._windows = windows = Windows(group, offset[-1])
-        self._arrived = [windows.words(r, offset[0], 2 * R) for r in ranks]  # count and epoch of each source
-        self._ready = [windows.words(r, offset[1], 1) for r in ranks]  # epoch whose results are there
-        self._x = [windows.tensor(r, offset[2], (R, B, D), spec.dtype) for r in ranks]
-        self._slot = [windows.tensor(r, offset[3], (R, B, K), torch.int64) for r in ranks]
-        self._weight = [windows.tensor(r, offset[4], (R, B, K), torch.float32) for r in ranks]
-        self._y = [windows.tensor(r, offset[5], (R, B * y_rows, D), spec.dtype) for r in ranks]
+        windows = Windows(group, offset[-1])
+        self._arrived = [windows.words(r, offset[0], R) for r in ranks]  # of rank r's window: a word for each source
+        self._ready = [windows.words(r, offset[1], R) for r in ranks]
+        x = [windows.tensor(r, offset[2], (R, B, D), spec.dtype) for r in ranks]
+        note = [windows.tensor(r, offset[3], (R, B, 2 * K), torch.int32) for r in ranks]  # K slots, K weights
+        self._x_to, self._x_from = [x[r][me] for r in ranks], [x[me][r] for r in ranks]
+        self._note_to, self._note_from = [note[r][me] for r in ranks], [note[me][r] for r in ranks]
+        self._y = [windows.tensor(r, offset[4], (y_rows, D), spec.dtype) for r in ranks]
 
     def dispatch(self, x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor, rows: Sequence[int]) -> Pending[Dispatched]:
         assert x_TD.shape[0] <= self.spec.max_rows, "the layer chunks what is larger"
         self.epoch += 1
-        me, route = self.spec.group.rank, self._router.route(slot_TK)
-        x_PD, slot_PK, weight_PK = x_TD[route.token_P], slot_TK[route.token_P], weight_TK[route.token_P]
-        for target, (start, end) in enumerate(route.segments()):
-            count = end - start
+        epoch, route = self.epoch, self._router.route(slot_TK)
+        note_TK = torch.cat([slot_TK.int(), weight_TK.view(torch.int32)], dim=1)
+        me, size = self.spec.group.rank, self.spec.group.size
+        tokens = route.token_P.split(route.counts)
+        for target in (*range(me + 1, size), *range(me + 1)):  # starting at different ranks
+            count = route.counts[target]
             if count:
-                self._x[target][me, :count] = x_PD[start:end]
-                self._slot[target][me, :count] = slot_PK[start:end]
-                self._weight[target][me, :count] = weight_PK[start:end]
+                torch.index_select(x_TD, 0, tokens[target], out=self._x_to[target][:count])
+                torch.index_select(note_TK, 0, tokens[target], out=self._note_to[target][:count])
             fence()
-            self._arrived[target][2 * me] = count
-            fence()
-            self._arrived[target][2 * me + 1] = self.epoch
-        epoch = self.epoch
+            self._arrived[target][me] = epoch << 32 | count
         return Pending(lambda: self._receive(epoch, route, weight_TK))
 
     def _receive(self, epoch: int, route: Route, weight_TK: Tensor) -> Dispatched:
-        group = self.spec.group
-        flags = self._arrived[group.rank]
-        self._wait("dispatch", lambda r: flags[2 * r + 1] >= epoch)
-        received = [flags[2 * r] for r in range(group.size)]
-        x_ND, slot_NK, weight_NK = (
-            torch.cat([window[group.rank][r, :count] for r, count in enumerate(received)])
-            for window in (self._x, self._slot, self._weight)
-        )
-        local = slot_NK - self.spec.first_slot
-        local = torch.where((local >= 0) & (local < self.spec.num_slots), local, -1)
+        words = self._arrived[self.spec.group.rank]
+        self._wait("dispatch", lambda: [word >> 32 for word in words], epoch)
+        received = [word & _COUNT for word in words]
+        x_ND = torch.cat([x[:count] for x, count in zip(self._x_from, received, strict=True)])
+        note_NK = torch.cat([note[:count] for note, count in zip(self._note_from, received, strict=True)])
+        slot_NK, weight_NK = note_NK.chunk(2, dim=1)
         return group_by_slot(
-            x_ND, local, weight_NK, self.spec.num_slots, _Ticket(epoch, route, received, weight_TK)
+            x_ND,
+            slot_NK.long() - self.spec.first_slot,
+            weight_NK.contiguous().view(torch.float32),
+            self.spec.num_slots,
+            _Ticket(epoch, route, received, weight_TK),
         )
 
     def combine(self, y: Tensor, sent: Dispatched) -> Pending[Tensor]:
@@ -98,37 +98,45 @@ class SharedMemory:
         assert isinstance(ticket, _Ticket)
         me = self.spec.group.rank
         if self.takes == "rows":
-            counts, rows = ticket.received, y
+            counts = ticket.received
+            self._y[me][: len(y)].copy_(y)
         else:
             flat = sent.pair_NK.reshape(-1)
             counts = [int((part >= 0).sum()) for part in sent.pair_NK.split(ticket.received)]
-            rows = y[flat[flat >= 0]]
-        for source, part in enumerate(rows.split(counts)):
-            self._y[me][source, : counts[source]] = part
+            torch.index_select(y, 0, flat[flat >= 0], out=self._y[me][: sum(counts)])
         fence()
-        self._ready[me][0] = ticket.epoch
+        start = 0
+        for source, count in enumerate(counts):
+            self._ready[me][source] = ticket.epoch << 32 | start
+            start += count
         return Pending(lambda: self._pull(ticket))
 
     def _pull(self, ticket: _Ticket) -> Tensor:
-        group, route = self.spec.group, ticket.route
-        self._wait("combine", lambda r: self._ready[r][0] >= ticket.epoch)
+        me, size, route = self.spec.group.rank, self.spec.group.size, ticket.route
+        self._wait("combine", lambda: [words[me] >> 32 for words in self._ready], ticket.epoch)
+        starts = [words[me] & _COUNT for words in self._ready]
         if self.takes == "rows":
-            back_PD = torch.cat([self._y[r][group.rank, :count] for r, count in enumerate(route.counts)])
-            return add_rows(back_PD, route, len(route.rank_TK)).to(self.spec.dtype)
-        pairs = torch.bincount(route.rank_TK.reshape(-1), minlength=group.size + 1)[: group.size].tolist()
-        back_QD = torch.cat([self._y[r][group.rank, :count] for r, count in enumerate(pairs)])
-        weight_TK = ticket.weight_TK.masked_fill(route.rank_TK == group.size, 0)
+            parts = [y[a : a + n] for y, a, n in zip(self._y, starts, route.counts, strict=True)]
+            return add_rows(parts, route, len(ticket.weight_TK)).to(self.spec.dtype)
+        pairs = torch.bincount(route.rank_TK.reshape(-1), minlength=size + 1)[:size].tolist()
+        back_QD = torch.cat([y[a : a + n] for y, a, n in zip(self._y, starts, pairs, strict=True)])
+        weight_TK = ticket.weight_TK.masked_fill(route.rank_TK == size, 0)
         return sum_spread(place_pairs(back_QD, route), weight_TK).to(self.spec.dtype)
 
-    def _wait(self, what: str, has: Callable[[int], bool]) -> None:
+    def _wait(self, what: str, epochs: Callable[[], list[int]], epoch: int) -> None:
+        """Until every rank has raised its word for `epoch`."""
         group = self.spec.group
-        ranks = range(group.size)
         wait_until(
-            lambda: all(has(r) for r in ranks),
+            lambda: min(epochs()) >= epoch,
             f"shm {what}",
             group.timeout_s,
-            lambda: [group.ranks[r] for r in ranks if not has(r)],
+            lambda: [group.ranks[r] for r, reached in enumerate(epochs()) if reached < epoch],
         )
+
+    def poison(self) -> None:
+        """For tests, between dispatch and combine: fill with NaN whatever this rank's window holds undefined then."""
+        for tensor in (*self._x_from, *self._note_from, self._y[self.spec.group.rank]):
+            tensor.view(torch.uint8).fill_(255)
 
     def close(self) -> None:
         pass

@@ -1,0 +1,128 @@
+"""What dies, dies loudly and leaves nothing: ranks, the supervisor, the front end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from oracle import folder
+
+from nonet import LLM, AsyncLLM, ConfigError, EngineDeadError, ModelError, RequestError, SamplingParams
+
+LONG = SamplingParams(temperature=0, max_tokens=480, ignore_eos=True)
+SETTINGS = {"data_parallel_size": 4, "enable_expert_parallel": True, "dtype": "float32"}
+
+
+def gone(pids: list[int], within_s: float) -> bool:
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        if not any(psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE for p in pids):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+async def kill_under_load(victim: int, settings: dict) -> None:
+    """`victim` is a rank, or -1 for the supervisor."""
+    llm = AsyncLLM(folder("top1"), **settings)
+    pids = [*llm.client.pids, llm.client.supervisor_pid]
+    started = asyncio.Event()
+
+    async def request(i: int) -> str:
+        try:
+            async for _ in llm.stream([1 + i, 2, 3], LONG):
+                started.set()
+        except EngineDeadError as error:
+            return str(error)
+        return "finished"
+
+    tasks = [asyncio.create_task(request(i)) for i in range(12)]
+    await started.wait()
+    at = time.monotonic()
+    os.kill(pids[victim], signal.SIGKILL)
+    said = set(await asyncio.gather(*tasks))
+    took = time.monotonic() - at
+    wanted = "the supervisor of the ranks ended" if victim == -1 else f"rank {victim} died (SIGKILL)"
+    assert said == {wanted}
+    assert took < 10
+    with pytest.raises(EngineDeadError, match="rank" if victim >= 0 else "supervisor"):
+        async for _ in llm.stream([1]):
+            pass
+    assert gone(pids, within_s=10)
+    await asyncio.to_thread(llm.close)
+
+
+@pytest.mark.parametrize("victim", [0, 2, -1])
+def test_killed_process_ends_every_request(victim):
+    asyncio.run(kill_under_load(victim, {**SETTINGS, "all2all_backend": "shm"}))
+
+
+def test_killed_rank_while_others_wait_in_a_collective():
+    asyncio.run(kill_under_load(1, {"tensor_parallel_size": 2, "data_parallel_size": 1, "dtype": "float32"}))
+
+
+def test_killed_front_end_leaves_nothing():
+    script = (
+        "import sys, time; from nonet import LLM\n"
+        f"llm = LLM({folder('top1')!r}, **{SETTINGS!r})\n"
+        "print(*llm.client.pids, llm.client.supervisor_pid, flush=True); time.sleep(60)"
+    )
+    shared = set(os.listdir("/dev/shm"))
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        pids = [int(p) for p in process.stdout.readline().split()]
+        assert len(pids) == 5
+        process.kill()
+    assert gone(pids, within_s=10)
+    assert set(os.listdir("/dev/shm")) <= shared
+
+
+def test_close_ends_open_requests_and_every_process():
+    async def run() -> None:
+        llm = AsyncLLM(folder("top1"), **SETTINGS)
+        pids = [*llm.client.pids, llm.client.supervisor_pid]
+        stream = llm.stream([1, 2, 3], LONG)
+        await anext(stream)
+        await asyncio.to_thread(llm.close)
+        with pytest.raises(EngineDeadError, match="closed"):
+            async for _ in stream:
+                pass
+        assert gone(pids, within_s=1)
+
+    asyncio.run(run())
+
+
+def test_a_rank_that_cannot_start_says_why(tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    whole = Path(folder("top1"))
+    (broken / "config.json").write_bytes((whole / "config.json").read_bytes())
+    (broken / "model.safetensors").write_bytes((whole / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(ModelError, match="truncated"):
+        LLM(str(broken), dtype="float32", data_parallel_size=2, enable_expert_parallel=True)
+
+
+def test_bad_settings_are_refused_before_anything_starts():
+    with pytest.raises(ConfigError, match="did you mean 'block_size'"):
+        LLM(folder("top1"), blocksize=4)
+    with pytest.raises(ConfigError, match="tensor_parallel_size = 3.*nearest that works: 2 or 4"):
+        LLM(folder("top1"), tensor_parallel_size=3)
+    with pytest.raises(ConfigError, match="moves CPU tensors|all2all_backend = 'shmm'.*did you mean 'shm'"):
+        LLM(folder("top1"), data_parallel_size=2, enable_expert_parallel=True, all2all_backend="shmm")
+
+
+def test_a_bad_request_harms_nobody():
+    with LLM(folder("top1"), dtype="float32", num_blocks=8) as llm:
+        with pytest.raises(RequestError, match="token ids are 0 to 63"):
+            llm.generate([[1, 2], [64]])
+        with pytest.raises(Exception, match="exceeds the KV cache"):
+            llm.generate([[1, 2]], SamplingParams(max_tokens=400))
+        with pytest.raises(RequestError, match="no tokenizer.json"):
+            llm.generate("text")
+        assert len(llm.generate([[1, 2]], SamplingParams(max_tokens=5))[0].outputs[0].token_ids) == 5

@@ -1,0 +1,168 @@
+"""The command line without ranks: help, version, and mistakes, each one line on standard error with its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+import nonet
+from nonet.cli.main import app, parse_settings
+from nonet.config import load_config
+from nonet.config.schema import EngineConfig
+from nonet.errors import CapacityError, ConfigError
+
+
+@pytest.fixture
+def cli(capsys, monkeypatch):
+    """Run the command in this process: (exit code, standard output, standard error)."""
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def call(*arguments: str) -> tuple[object, str, str]:
+        with pytest.raises(SystemExit) as left:
+            app(list(arguments))
+        out, err = capsys.readouterr()
+        return left.value.code, out, err
+
+    return call
+
+
+def test_version(cli):
+    assert cli("--version") == (0, f"{nonet.__version__}\n", "")
+
+
+def test_help_names_every_command(cli):
+    code, out, err = cli("--help")
+    assert (code, err) == (0, "")
+    commands = re.search(r"Commands:\n((?:  .*\n)+)", out)
+    assert commands is not None
+    assert re.findall(r"^  (\w+)", commands[1], re.MULTILINE) == ["demo", "generate", "config"]
+
+
+def test_no_arguments_shows_help(cli, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["nonet"])
+    assert cli() == cli("--help")
+
+
+@pytest.mark.parametrize("command", ["demo", "generate", "config"])
+def test_help_of_a_command(cli, command):
+    code, out, err = cli(command, "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"Usage: nonet {command} ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["serv"], "No such command 'serv'."),
+        (["demo", "--rank", "4"], "No such option: --rank Did you mean --ranks?"),
+        (["demo", "--ranks", "0"], "Invalid value for '--ranks': Input should be greater than or equal to 1"),
+        (["generate"], "Missing argument 'model'."),
+        (["generate", "nonet-tiny"], "Missing option '--prompt' / '-p'."),
+    ],
+)
+def test_mistakes_of_the_command_line(cli, arguments, message):
+    assert cli(*arguments) == (2, "", f"error: {message}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["generate", "nowhere", "-p", "a"],
+            "model = 'nowhere': no such folder; give a checkpoint's folder or one of: nonet-tiny",
+        ),
+        (["demo", "--model", "nowhere"],
+         "model = 'nowhere': no such folder; give a checkpoint's folder or one of: nonet-tiny"),
+        (["demo", "--backend", "shn"], "all2all_backend = 'shn': did you mean 'shm'?"),
+        (["generate", "nonet-tiny", "-p", "a", "--set", "blok_size=4"],
+         "blok_size = 4: unknown setting; did you mean 'block_size'?"),
+        (["generate", "nonet-tiny", "-p", "a", "--set", "block_size=0"],
+         "cache.block_size = 0: input should be greater than or equal to 1"),
+        (["generate", "nonet-tiny", "-p", "a", "--set", "block_size"],
+         "--set = 'block_size': use name=value, as in --set data_parallel_size=4"),
+        (["generate", "nonet-tiny", "-p", "a", "--temperature", "-1"], "temperature = -1.0: use 0 (greedy) to 100"),
+        (["generate", "nonet-tiny", "-p", ""], "prompt = '': must not be empty"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_settings(cli, arguments, message):
+    assert cli(*arguments) == (2, "", f"error: {message}\n")
+
+
+def test_a_broken_checkpoint(cli, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"architectures": ["Qwen3MoeForCausalLM"], "num_attention_heads": 4}))
+    message = f"error: {path}: key 'num_hidden_layers' is missing\n"
+    assert cli("generate", str(tmp_path), "-p", "a") == (3, "", message)
+
+
+def test_errors_keep_their_exit_code_and_stay_on_one_line(cli, monkeypatch):
+    def fail(**settings: object) -> None:
+        raise CapacityError("no room:\n  a lot asked")
+
+    monkeypatch.setattr("nonet.cli.demo.run", fail)
+    assert cli("demo") == (CapacityError.exit_code, "", "error: no room: a lot asked\n")
+
+
+def test_defects_keep_their_traceback(monkeypatch):
+    def fail(**settings: object) -> None:
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr("nonet.cli.demo.run", fail)
+    with pytest.raises(ZeroDivisionError, match="a defect"):
+        app(["demo"])
+
+
+def test_interruption(cli, monkeypatch):
+    def fail(**settings: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nonet.cli.demo.run", fail)
+    assert cli("demo") == (130, "", "")
+
+
+def test_settings_are_read_as_yaml():
+    pairs = ["a=4", "b=true", "c=x=y", "d=[1, 2]", "e=", "f=1.5"]
+    assert parse_settings(pairs) == {"a": 4, "b": True, "c": "x=y", "d": [1, 2], "e": None, "f": 1.5}
+    with pytest.raises(ConfigError, match="is not YAML"):
+        parse_settings(["a=[1"])
+
+
+def test_config_prints_every_setting_with_its_help(cli):
+    code, out, err = cli("config")
+    assert (code, err) == (0, "")
+    text = " ".join(re.sub(r"^\s*# ", " ", line) for line in out.splitlines())
+
+    def check(section, tree) -> None:
+        assert list(tree) == list(section.model_fields)
+        for name, field in section.model_fields.items():
+            assert " ".join((field.description or "").split()) in " ".join(text.split()), name
+            if isinstance(tree[name], dict) and name not in ("initial_global_assignments",):
+                check(field.annotation, tree[name])
+
+    check(EngineConfig, yaml.safe_load(out))
+
+
+def test_config_is_a_configuration(cli, tmp_path):
+    """What it prints is read back as the defaults, once the model is named."""
+    _, out, _ = cli("config")
+    path = tmp_path / "nonet.yaml"
+    path.write_text(out)
+    assert load_config(path, model="m") == EngineConfig.model_validate({"model": {"model": "m"}})
+
+
+def test_as_a_process():
+    """`python -m nonet`, and that the command starts without torch."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "nonet", "--version"],
+        capture_output=True, text=True, timeout=60, check=False, env=dict(os.environ),
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, f"{nonet.__version__}\n")
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "nonet.cli.main" in loaded
+    assert "torch" not in loaded
