@@ -7,6 +7,7 @@ the side started, the shared memory they map); it must not know any engine. Ever
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import select
@@ -68,8 +69,8 @@ def machine_cpu_s() -> float:
 
 
 def shared_memory_of(pids: list[int]) -> set[str]:
-    """Files in /dev/shm that these processes map: theirs to remove once they have ended."""
-    found = set()
+    """Files in /dev/shm that these processes map or name: theirs to remove once they have ended."""
+    found: set[str] = set()
     for pid in pids:
         maps = ""
         with contextlib.suppress(OSError):
@@ -78,6 +79,8 @@ def shared_memory_of(pids: list[int]) -> set[str]:
             path = line[line.find("/") :].removesuffix(" (deleted)") if "/" in line else ""
             if path.startswith("/dev/shm/"):
                 found.add(path)
+        # Intel's OpenMP keeps a file that it does not map for long, and leaves it when it is killed
+        found |= set(glob.glob(f"/dev/shm/__KMP_REGISTERED_LIB_{pid}_*"))
     return found
 
 

@@ -60,7 +60,7 @@ def test_help_of_a_command(cli, command):
     ("arguments", "message"),
     [
         (["serv"], "No such command 'serv'."),
-        (["demo", "--rank", "4"], "No such option: --rank Did you mean --ranks?"),
+        (["demo", "--rank", "4"], "No such option: --rank (Possible options: --ranks)"),
         (["demo", "--ranks", "0"], "Invalid value for '--ranks': Input should be greater than or equal to 1"),
         (["generate"], "Missing argument 'model'."),
         (["generate", "nonet-tiny"], "Missing option '--prompt' / '-p'."),

@@ -1,8 +1,8 @@
 """Trains nonet-tiny, a small real Mixture-of-Experts model, from the text that tools/tiny_corpus.py builds.
 
-Steps, each re-runnable on its own: `tokenizer` (byte-level BPE), `tokens` (uint16 files), `train` (one
-GPU for some minutes; `--device cpu --steps 20` for a trial), `save` (Hugging Face folder in bf16).
-All randomness comes from --seed. Needs torch; the steps tokenizer, tokens and save also need tokenizers.
+Steps, each re-runnable: `tokenizer` (byte-level BPE), `tokens` (uint16 files), `train` (one GPU for some
+minutes; a trial: `--device cpu --steps 20 --seq 128 --valid-windows 2`), `save` (Hugging Face folder in
+bf16). All randomness comes from --seed. tokenizer and tokens need `tokenizers`, save needs `safetensors`.
 """
 
 from __future__ import annotations

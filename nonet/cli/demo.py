@@ -49,7 +49,7 @@ def run(*, model: str, ranks: int, max_tokens: int, backend: str) -> None:
     spec = read_spec(model)
     config = demo_config(spec, model, ranks, backend)
     console = Console(highlight=False)
-    console.print(started_line(config, spec))
+    console.print(started_line(config, spec), soft_wrap=True)
     prompts = prompts_by_kind(max(4, ranks))
     tally = Tally(Placement.contiguous(len(spec.moe_layers), spec.num_experts, ranks))
     start = time.monotonic()
@@ -127,6 +127,7 @@ async def _one_request(llm: AsyncLLM, text: str, params: SamplingParams, view: V
 def report(console: Console, tally: Tally, tokens_by_rank: list[int]) -> None:
     """The tables, and the rate."""
     requests = [sum(output.dp_rank == rank for output in tally.outputs) for rank in range(len(tokens_by_rank))]
+    console.print()
     console.print(rank_table(tokens_by_rank, requests, tally.pairs_LR().sum(axis=0)))
     console.print(imbalance_table({**{kind: tally.pairs_LR(kind) for kind in tally.load_LE}, "all": tally.pairs_LR()}))
     made = sum(len(output.outputs[0].token_ids) for output in tally.outputs)

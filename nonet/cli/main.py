@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -30,7 +31,9 @@ def app(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
-        code = _cli(args=arguments or sys.argv[1:] or ["--help"], prog_name="nonet", standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code = _cli(args=arguments or sys.argv[1:] or ["--help"], prog_name="nonet", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(_INTERRUPTED)
     except Exception as error:
@@ -40,6 +43,10 @@ def app(arguments: list[str] | None = None) -> None:
         typer.echo(f"error: {line}", err=True)
         sys.exit(getattr(error, "exit_code", 1))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _show_warning(message: Warning | str, *where: object) -> None:
+    typer.echo(f"warning: {' '.join(str(message).split())}", err=True)
 
 
 def _one_line(error: Exception) -> str | None:

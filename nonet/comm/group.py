@@ -8,6 +8,7 @@ Knows nothing of models. Legend: T own rows, N rows of all ranks, D columns.
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -78,7 +79,7 @@ class Group:
         missing = []
         if self._roll is not None:
             missing = [self.ranks[r] for r in range(self.size) if self._roll[r][0] < self.calls]
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        text = re.sub(r"^\[.*?\] ", "", str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
         if "imed out" in text or "imeout" in text:
             return CommTimeout(what, self.timeout_s, missing)
         who = f" (not arrived: rank(s) {', '.join(map(str, missing))})" if missing else ""

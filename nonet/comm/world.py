@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from nonet.comm.group import Group
 from nonet.comm.peer import Windows
+from nonet.comm.wait import nap_precisely
 from nonet.config.place import Place
 from nonet.errors import CommTimeout
 
@@ -54,6 +55,7 @@ class World:
         first = self.rank - self.tp_rank
         self.tp = Group(range(first, first + self.tp_size), self.rank, timeout_s, self.device)
         if place.one_host:
+            nap_precisely()
             self._keep_roll()
 
     def _keep_roll(self) -> None:

@@ -108,7 +108,7 @@ def _moe(config: EngineConfig, spec: ModelSpec) -> MoeConfig:
             "all2all_backend", moe.all2all_backend, "moves no tokens between ranks; with expert parallelism use another"
         )
     if moe.expert_backend == "auto":
-        update["expert_backend"] = "grouped"
+        update["expert_backend"] = "cpu" if parallel.device == "cpu" else "grouped"
     else:
         plugins.check("nonet.moe.experts", moe.expert_backend, "expert_backend")
     if moe.combine == "exact":

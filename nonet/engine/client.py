@@ -106,15 +106,15 @@ class Client:
             return dp_rank
 
     def abort(self, request_ids: Sequence[str]) -> None:
-        """Forget sequences; those that are done already are ignored. Their sinks hear nothing more."""
+        """Forget sequences; those that are done already are ignored. A sink's last chunk says "abort"."""
         with self._lock:
-            by_rank: dict[int, list[str]] = {}
-            for request_id in request_ids:
-                done = self._forget(request_id)
-                if done is not None:
-                    by_rank.setdefault(done.dp_rank, []).append(request_id)
-            for dp_rank, ids in by_rank.items():
+            forgotten = {request_id: self._forget(request_id) for request_id in request_ids}
+            here = {request_id: entry for request_id, entry in forgotten.items() if entry is not None}
+            for dp_rank in {entry.dp_rank for entry in here.values()}:
+                ids = [request_id for request_id, entry in here.items() if entry.dp_rank == dp_rank]
                 self._send(dp_rank * self.config.parallel.tensor_parallel_size, m.Abort(ids))
+        for request_id, entry in here.items():
+            entry.sink(m.Chunk(request_id, [], finish_reason="abort"))
 
     def stats(self, reset_load: bool = False, timeout_s: float = 30.0) -> list[m.Stats]:
         """Every rank's counters, in rank order. Raises EngineDeadError or CommTimeout."""

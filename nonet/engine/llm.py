@@ -151,7 +151,7 @@ class AsyncLLM(_Front):
                 self.client.abort(state.ids)
 
     async def abort(self, request_id: str, n: int = 1) -> None:
-        """Forget a request by its id (and its n); its stream hears nothing more."""
+        """End a request by its id (and its n); its stream ends with finish_reason "abort"."""
         self.client.abort([request_id] if n == 1 else [f"{request_id}#{i}" for i in range(n)])
 
     async def __aenter__(self) -> AsyncLLM:

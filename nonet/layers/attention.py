@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nonet.layers.linear import linear
 from nonet.layers.norm import rms_norm
 from nonet.layers.rope import rotate
 from nonet.weights.loader import Checkpoint
@@ -71,7 +72,7 @@ class Attention:
 
     def forward(self, x_TD: Tensor, cos_sin: tuple[Tensor, Tensor], cache: KvCache, batch: AttentionBatch) -> Tensor:
         T, H, h = x_TD.shape[0], self.num_heads, self.num_kv_heads
-        qkv = F.linear(x_TD, self.qkv, self.bias).view(T, H + 2 * h, self.head_dim)
+        qkv = linear(x_TD, self.qkv, self.bias).reshape(T, H + 2 * h, self.head_dim)
         qk, v_Thd = qkv[:, : H + h], qkv[:, H + h :]
         if self.norm_eps is not None:
             qk = rms_norm(qk, self.qk_norm, self.norm_eps)
@@ -79,7 +80,7 @@ class Attention:
         cache[0].index_copy_(0, batch.place_T, qk[:, H:])
         cache[1].index_copy_(0, batch.place_T, v_Thd)
         y_THd = attend(qk[:, :H], cache, batch)
-        return F.linear(y_THd.reshape(T, H * self.head_dim), self.out)
+        return linear(y_THd.reshape(T, H * self.head_dim), self.out)
 
 
 def attend(q_THd: Tensor, cache: KvCache, batch: AttentionBatch) -> Tensor:
@@ -89,7 +90,8 @@ def attend(q_THd: Tensor, cache: KvCache, batch: AttentionBatch) -> Tensor:
     out = torch.empty_like(q_THd, memory_format=torch.contiguous_format)
     B = batch.num_decode
     if B:
-        k, v = (part[batch.decode_place_BC].transpose(1, 2) for part in cache)  # [B, h, C, d]
+        place = batch.decode_place_BC.view(-1)
+        k, v = (part.index_select(0, place).view(B, -1, h, d).transpose(1, 2) for part in cache)  # [B, h, C, d]
         q = q_THd[:B].reshape(B, h, H // h, d)  # the heads of a group attend alike: they stand as its queries
         out[:B] = F.scaled_dot_product_attention(q, k, v, attn_mask=batch.decode_mask_B11C).reshape(B, H, d)
     for part in batch.prefills:
@@ -101,7 +103,7 @@ def attend(q_THd: Tensor, cache: KvCache, batch: AttentionBatch) -> Tensor:
 def _attend_one(q_THd: Tensor, cache: KvCache, part: Prefill) -> Tensor:
     """A chunk of a prompt against the context that ends with it."""
     q = q_THd.transpose(0, 1).unsqueeze(0)
-    k, v = (rows[part.place_C].transpose(0, 1).unsqueeze(0) for rows in cache)
+    k, v = (rows.index_select(0, part.place_C).transpose(0, 1).unsqueeze(0) for rows in cache)
     gqa = q.shape[1] != k.shape[1]
     context = part.place_C.shape[0]
     if context == part.count:

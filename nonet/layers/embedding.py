@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nonet.comm.group import Group
 from nonet.config.fleet import split_evenly
+from nonet.layers.linear import linear
 from nonet.weights.loader import Checkpoint
 
 
@@ -35,7 +36,7 @@ class Vocabulary:
 
     def logits(self, x_BD: Tensor) -> Tensor:
         """[B, V] on every tensor-parallel rank."""
-        part_BV = F.linear(x_BD, self.table)
+        part_BV = linear(x_BD, self.table)
         if self.tp.size == 1:
             return part_BV
         return self.tp.all_gather_rows(part_BV.t().contiguous(), self.rows).wait().t()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nonet.comm.group import Group
 from nonet.config.fleet import split_evenly
+from nonet.layers.linear import linear
 from nonet.weights.loader import Checkpoint, Range
 
 
@@ -35,5 +36,5 @@ class DenseMlp:
 
     def forward(self, x_tD: Tensor, rows: tuple[int, ...]) -> Tensor:
         x_TD = self.tp.all_gather_rows(x_tD, rows).wait()
-        gate, up = F.linear(x_TD, self.gate_up).chunk(2, dim=-1)
-        return self.tp.reduce_scatter_rows(F.linear(F.silu(gate) * up, self.down), rows).wait()
+        gate, up = linear(x_TD, self.gate_up).chunk(2, dim=-1)
+        return self.tp.reduce_scatter_rows(linear(F.silu(gate) * up, self.down), rows).wait()

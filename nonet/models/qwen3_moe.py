@@ -7,13 +7,14 @@ Legend: t this rank's rows, T its data-parallel rank's tokens, D hidden, B rows 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from nonet.layers.attention import Attention, KvCache
 from nonet.layers.embedding import Vocabulary
+from nonet.layers.linear import linear
 from nonet.layers.mlp import DenseMlp, span_of
 from nonet.layers.norm import rms_norm
 from nonet.layers.rope import Rope
@@ -110,7 +111,7 @@ def moe_layer(parts: Parts, index: int) -> MoeLayer:
         rule = simulated(moe.routing_simulation, spec.num_experts, spec.top_k, parts.ep.size, seed)
     return MoeLayer(
         index=ordinal,
-        gate=linear(gate),
+        gate=partial(linear, weight_ND=gate),
         rule=rule,
         lookup=Lookup(parts.placement, ordinal, parts.ep.rank, parts.device),
         load=parts.load,
@@ -119,7 +120,3 @@ def moe_layer(parts: Parts, index: int) -> MoeLayer:
         slots=fill_slots(parts.checkpoint, names, experts, span),
         max_rows=parts.max_rows,
     )
-
-
-def linear(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda x: F.linear(x, weight)

@@ -115,23 +115,20 @@ def group_by_slot(x_ND: Tensor, slot_NK: Tensor, weight_NK: Tensor, num_slots: i
     )
 
 
-def sum_pairs(y_MD: Tensor, pair_NK: Tensor, weight_NK: Tensor) -> Tensor:
-    """[N, D] float32: each row's pairs, weighted and summed in k order. Pairs -1 add nothing, whatever y holds."""
-    N, K = pair_NK.shape
+def sum_pairs(y_MD: Tensor, sent: Dispatched) -> Tensor:
+    """[N, D] float32: each row's pairs, weighted and summed in k order. What no pair reads counts for nothing."""
+    N, K = sent.pair_NK.shape
     out = torch.zeros((N, y_MD.shape[1]), dtype=torch.float32, device=y_MD.device)
     if y_MD.shape[0] == 0:
         return out
+    if y_MD.device.type == "cpu":  # the same sums touching only pairs of this rank; the order of adding is the index's
+        flat = sent.pair_NK.reshape(-1)
+        here = (flat >= 0).nonzero().squeeze(1)
+        pair = flat.index_select(0, here)
+        weight = sent.weight_M.index_select(0, pair).unsqueeze(1)
+        return out.index_add_(0, here // K, y_MD.index_select(0, pair).float().mul_(weight))
     for k in range(K):
-        pair = pair_NK[:, k]
-        here = (pair >= 0).unsqueeze(1)
-        term = y_MD[pair.clamp(min=0)].float() * weight_NK[:, k].unsqueeze(1)
-        out += torch.where(here, term, 0.0)
+        pair = sent.pair_NK[:, k]
+        at = pair.clamp(min=0)
+        out += torch.where((pair >= 0).unsqueeze(1), y_MD[at].float() * sent.weight_M[at].unsqueeze(1), 0.0)
     return out
-
-
-def weight_of_pairs(sent: Dispatched) -> Tensor:
-    """[N, K] float32: the router weight of each (row, k) on this rank; 0 elsewhere."""
-    if sent.weight_M.numel() == 0:
-        return torch.zeros(sent.pair_NK.shape, dtype=torch.float32, device=sent.pair_NK.device)
-    weight = sent.weight_M[sent.pair_NK.clamp(min=0)]
-    return torch.where(sent.pair_NK >= 0, weight, 0.0)

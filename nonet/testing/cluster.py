@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import zmq
@@ -30,7 +30,7 @@ from nonet.config.place import Place
 from nonet.errors import CommError, CommTimeout, EngineDeadError
 from nonet.launch.local import Node
 
-Function = str | Callable[..., Any]  # "module:function", or a callable at a module's top level; called as f(world, *args)
+Function = str | Callable[..., Any]  # "module:function", or a callable at its module's top level
 _POLL_MS = 50
 _START_S = 120.0
 _STOP_S = 5.0
@@ -167,19 +167,17 @@ class _Ranks:
                 else:
                     failures.append((rank, *value))
                     deadline = min(deadline, time.monotonic() + _REST_S)
-            elif self._news is not None and not failures:
-                self._raise_death(what)
-        if failures:
-            _raise_first(failures, self.size)
+            elif self._news is not None:
+                break  # the supervisor has ended the others too
+        error = _first(failures, self.size)
+        if self._news is not None and (error is None or isinstance(error, CommError)):  # else: what others saw of it
+            end = f"rank {self._news['rank']} died ({self._news['how']})" if "rank" in self._news else "supervisor ended"
+            raise EngineDeadError(f"{what}: {end}")
+        if error is not None:
+            raise error
         if len(answers) < self.size:
             raise CommTimeout(what, timeout_s, [r for r in range(self.size) if r not in answers])
         return [answers[rank] for rank in range(self.size)]
-
-    def _raise_death(self, what: str) -> NoReturn:
-        news = self._news or {}
-        if news["event"] == "died":
-            raise EngineDeadError(f"{what}: rank {news['rank']} died ({news['how']})")
-        raise EngineDeadError(f"{what}: the supervisor of the ranks ended")
 
     def stop(self) -> None:
         """Let idle ranks leave in order, then make sure."""
@@ -195,14 +193,16 @@ class _Ranks:
         self._context.destroy(linger=0)
 
 
-def _raise_first(failures: list[tuple[int, bytes, str]], size: int) -> NoReturn:
-    """Raise one rank's error: the first that is not merely the echo of another rank's failure."""
+def _first(failures: list[tuple[int, bytes, str]], size: int) -> BaseException | None:
+    """One rank's error: the first that is not merely the echo of another rank's failure."""
+    if not failures:
+        return None
     loaded = [(rank, _load_error(error, text), text) for rank, error, text in failures]
     rank, error, text = next((f for f in loaded if not isinstance(f[1], CommError)), loaded[0])
     others = [r for r, _, _ in loaded if r != rank]
     also = f" (rank(s) {', '.join(map(str, others))} failed too)" if others else ""
     error.add_note(f"on rank {rank} of {size}{also}:\n{text}")
-    raise error
+    return error
 
 
 def _load_error(pickled: bytes, text: str) -> BaseException:
@@ -221,7 +221,7 @@ def _name(function: Function) -> str:
         return function
     module, name = function.__module__, function.__qualname__
     if "." in name:
-        raise ValueError(f"{module}.{name}: ranks import the function by name, so it must stand at its module's top level")
+        raise ValueError(f"{module}.{name} is not at its module's top level, and ranks import it by name")
     if module == "__main__":
         module = Path(sys.modules["__main__"].__file__ or "").stem
     return f"{module}:{name}"
@@ -236,6 +236,13 @@ def main(place: Place, payload: dict[str, Any]) -> None:
     inbox.connect(f"{payload['name']}-in-{place.rank}")
     outbox: zmq.Socket[bytes] = context.socket(zmq.PUSH)
     outbox.connect(f"{payload['name']}-out")
+    try:
+        _serve(place, payload, inbox, outbox)
+    finally:
+        context.destroy(linger=1000)
+
+
+def _serve(place: Place, payload: dict[str, Any], inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -> None:
     worlds: list[World] = []
 
     def join() -> None:
@@ -243,16 +250,15 @@ def main(place: Place, payload: dict[str, Any]) -> None:
         worlds.append(World(place, tensor_parallel_size=size, device=device, timeout_s=payload["timeout_s"]))
 
     _answer(outbox, place.rank, 0, join)
-    while job := inbox.recv():
+    while job := inbox.recv():  # not bounded: an idle pool waits for work, and the supervisor ends it with its parent
         number, function, args, path = pickle.loads(job)
-        sys.path += [entry for entry in path if entry not in sys.path]
+        sys.path[:] = path
 
         def work(function: str = function, args: tuple[Any, ...] = args) -> Any:
             return resolve_name(function)(worlds[0], *args)
 
         _answer(outbox, place.rank, number, work)
     worlds[0].close()
-    context.destroy(linger=1000)
 
 
 def _answer(outbox: zmq.Socket[bytes], rank: int, number: int, work: Callable[[], Any]) -> None:

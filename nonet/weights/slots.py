@@ -26,13 +26,22 @@ class SlotWeights:
 
     gate_up: tuple[Tensor, ...]
     down: tuple[Tensor, ...]
+    stacked: tuple[Tensor, Tensor] | None = None  # the same memory as [S, 2I, D] and [S, D, I], where slots adjoin
 
 
 def fill_slots(checkpoint: Checkpoint, names: Names, experts: Sequence[int], span: Range) -> SlotWeights:
     """One slot for each of `experts`, in order, with the part `span` of their intermediate width I."""
-    gate_up, down = [], []
-    for expert in experts:
-        gate, up, back = names(expert)
-        gate_up.append(torch.cat([checkpoint.read(gate, rows=span), checkpoint.read(up, rows=span)]))
-        down.append(checkpoint.read(back, columns=span))
-    return SlotWeights(tuple(gate_up), tuple(down))
+    width = span[1] - span[0]
+    gate_up: Tensor | None = None
+    down: Tensor | None = None
+    for slot, expert in enumerate(experts):
+        parts = [checkpoint.read(name, rows=span) for name in names(expert)[:2]]
+        back = checkpoint.read(names(expert)[2], columns=span)
+        if gate_up is None or down is None:
+            gate_up = back.new_empty((len(experts), 2 * width, back.shape[0]))
+            down = back.new_empty((len(experts), *back.shape))
+        torch.cat(parts, out=gate_up[slot])
+        down[slot] = back
+    assert gate_up is not None, "a rank holds at least one slot"
+    assert down is not None
+    return SlotWeights(gate_up.unbind(), down.unbind(), (gate_up, down))

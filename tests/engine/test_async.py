@@ -78,6 +78,24 @@ def test_idle_ranks_keep_step_and_then_sleep():
     asyncio.run(run())
 
 
+def test_abort_ends_the_stream_and_frees_the_blocks():
+    async def run() -> None:
+        async with AsyncLLM(folder("top1"), **SETTINGS) as llm:
+            params = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True, n=2)
+            stream = llm.stream([1, 2, 3], params, request_id="mine")
+            await anext(stream)
+            with pytest.raises(RequestError, match="is in use"):
+                await anext(llm.stream([4], params, request_id="mine"))
+            await llm.abort("mine", n=2)
+            out = await asyncio.wait_for(last(stream), 10)
+            assert [o.finish_reason for o in out.outputs] == ["abort", "abort"]
+            assert llm.client.pending == [0, 0, 0, 0]
+            stats = await asyncio.to_thread(llm.client.stats)
+            assert all(s.free_blocks == s.num_blocks for s in stats)
+
+    asyncio.run(run())
+
+
 def test_requests_spread_and_a_rank_can_be_pinned():
     async def run() -> None:
         async with AsyncLLM(folder("top1"), **SETTINGS) as llm:

@@ -36,9 +36,7 @@ class Naive:
 
     def dispatch(self, x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor, rows: Sequence[int]) -> Pending[Dispatched]:
         group = self.spec.group
-        parts = [
-            torch.empty((count, packed_width(self.spec)), dtype=torch.uint8, device=x_TD.device) for count in rows
-        ]
+        parts = [torch.empty((count, packed_width(self.spec)), dtype=torch.uint8, device=x_TD.device) for count in rows]
         parts[group.rank] = pack(x_TD, slot_TK, weight_TK)
         pending = [group.broadcast(part, source) for source, part in enumerate(parts) if rows[source]]
 

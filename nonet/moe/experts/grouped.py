@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nonet.moe.base import Dispatched, Experts, Takes, sum_pairs, weight_of_pairs
+from nonet.moe.base import Dispatched, Experts, Takes, sum_pairs
 from nonet.weights.slots import SlotWeights
 
 
@@ -24,7 +24,7 @@ class Grouped:
     def __call__(self, sent: Dispatched, weights: SlotWeights, takes: Takes) -> Tensor:
         counts = sent.count_S.tolist()
         total = sum(counts)
-        x_MD = sent.x_ND[sent.row_M[:total]]
+        x_MD = sent.x_ND.index_select(0, sent.row_M[:total])
         y_MD = torch.empty_like(x_MD)
         start = 0
         for slot, count in enumerate(counts):
@@ -35,4 +35,4 @@ class Grouped:
                 start = end
         if takes == "pairs":
             return y_MD
-        return sum_pairs(y_MD, sent.pair_NK, weight_of_pairs(sent)).to(y_MD.dtype)
+        return sum_pairs(y_MD, sent).to(y_MD.dtype)

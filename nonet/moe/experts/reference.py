@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nonet.moe.base import Dispatched, Experts, Takes, sum_pairs, weight_of_pairs
+from nonet.moe.base import Dispatched, Experts, Takes, sum_pairs
 from nonet.weights.slots import SlotWeights
 
 
@@ -31,4 +31,4 @@ class Reference:
                 y_MD[pair] = F.linear((F.silu(gate) * up).contiguous(), weights.down[slot])[0]
         if takes == "pairs":
             return y_MD
-        return sum_pairs(y_MD, sent.pair_NK, weight_of_pairs(sent)).to(y_MD.dtype)
+        return sum_pairs(y_MD, sent).to(y_MD.dtype)
