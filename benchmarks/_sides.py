@@ -70,17 +70,20 @@ def machine_cpu_s() -> float:
 
 def shared_memory_of(pids: list[int]) -> set[str]:
     """Files in /dev/shm that these processes map or name: theirs to remove once they have ended."""
+    inodes: set[int] = set()
     found: set[str] = set()
     for pid in pids:
-        maps = ""
         with contextlib.suppress(OSError):
-            maps = Path("/proc", str(pid), "maps").read_text()
-        for line in maps.splitlines():
-            path = line[line.find("/") :].removesuffix(" (deleted)") if "/" in line else ""
-            if path.startswith("/dev/shm/"):
-                found.add(path)
+            for line in Path("/proc", str(pid), "maps").read_text().splitlines():
+                fields = line.split(maxsplit=5)
+                if len(fields) == 6 and fields[5].startswith("/dev/shm/"):
+                    inodes.add(int(fields[4]))
         # Intel's OpenMP keeps a file that it does not map for long, and leaves it when it is killed
         found |= set(glob.glob(f"/dev/shm/__KMP_REGISTERED_LIB_{pid}_*"))
+    for path in glob.glob("/dev/shm/*"):  # by inode: a semaphore is mapped under a name that it no longer has
+        with contextlib.suppress(OSError):
+            if os.stat(path).st_ino in inodes:
+                found.add(path)
     return found
 
 

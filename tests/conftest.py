@@ -123,17 +123,18 @@ def _ours(pid: int, pooled: set[int]) -> str:
 
 
 def _someone_elses(name: str) -> bool:
-    """Whether a process of another session holds this file of /dev/shm, or it is gone."""
+    """Whether this file of /dev/shm is gone, of a kind that nonet never makes, or held by another session's process."""
     path = f"/dev/shm/{name}"
+    if name.startswith(("sem.", "__KMP_")) or not os.path.exists(path):  # semaphores, Intel's OpenMP
+        return True
     for process in psutil.process_iter():
         try:
-            if process.environ().get(_MARK) == str(os.getpid()) or process.pid == os.getpid():
-                continue
-            if path in Path(f"/proc/{process.pid}/maps").read_text():
+            ours = process.pid == os.getpid() or process.environ().get(_MARK) == str(os.getpid())
+            if not ours and path in Path(f"/proc/{process.pid}/maps").read_text():
                 return True
         except (psutil.Error, OSError):
             continue
-    return not os.path.exists(path)
+    return False
 
 
 def _ports() -> set[int]:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 import yaml
@@ -107,6 +108,15 @@ def test_errors_keep_their_exit_code_and_stay_on_one_line(cli, monkeypatch):
 
     monkeypatch.setattr("nonet.cli.demo.run", fail)
     assert cli("demo") == (CapacityError.exit_code, "", "error: no room: a lot asked\n")
+
+
+def test_a_warning_is_one_line(cli, monkeypatch):
+    def warn(**settings: object) -> None:
+        warnings.simplefilter("always")
+        warnings.warn("mind\n  this", stacklevel=2)
+
+    monkeypatch.setattr("nonet.cli.demo.run", warn)
+    assert cli("demo") == (0, "", "warning: mind this\n")
 
 
 def test_defects_keep_their_traceback(monkeypatch):

@@ -32,7 +32,7 @@ def app(arguments: list[str] | None = None) -> None:
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+            warnings.showwarning = lambda message, *_: typer.echo(f"warning: {_flat(message)}", err=True)
             code = _cli(args=arguments or sys.argv[1:] or ["--help"], prog_name="nonet", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(_INTERRUPTED)
@@ -45,8 +45,9 @@ def app(arguments: list[str] | None = None) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _show_warning(message: Warning | str, *where: object) -> None:
-    typer.echo(f"warning: {' '.join(str(message).split())}", err=True)
+def _flat(text: object) -> str:
+    """On one line."""
+    return " ".join(str(text).split())
 
 
 def _one_line(error: Exception) -> str | None:
@@ -57,7 +58,7 @@ def _one_line(error: Exception) -> str | None:
         text = error.format_message()
     else:
         return None
-    return " ".join(text.split())
+    return _flat(text)
 
 
 def _version(wanted: bool) -> None:

@@ -125,8 +125,9 @@ class Client:
             for rank in range(self.config.world_size):
                 self._send(rank, m.GetStats(number, reset_load))
             try:
-                self._wait(lambda: len(self._stats[number]) == self.config.world_size, timeout_s, "stats")
-                return sorted(self._stats[number], key=lambda s: s.rank)
+                came = self._stats[number]
+                self._wait(lambda: {s.rank for s in came}, timeout_s, "stats")
+                return sorted(came, key=lambda s: s.rank)
             finally:
                 del self._stats[number]
 
@@ -160,18 +161,18 @@ class Client:
         if self._error is not None:
             raise self._error
 
-    def _wait(self, done: Callable[[], bool], timeout_s: float, what: str) -> None:
-        """Wait, holding the lock, until done; ends early if the engine dies."""
-        if not self._changed.wait_for(lambda: done() or self._error is not None, timeout_s):
-            missing = [r for r in range(self.config.world_size) if r not in self._ready]
-            raise CommTimeout(what, timeout_s, missing)
+    def _wait(self, came: Callable[[], set[int]], timeout_s: float, what: str) -> None:
+        """Wait, holding the lock, until all ranks came; ends early if the engine dies."""
+        ranks = set(range(self.config.world_size))
+        if not self._changed.wait_for(lambda: came() == ranks or self._error is not None, timeout_s):
+            raise CommTimeout(what, timeout_s, sorted(ranks - came()))
         if self._error is not None:
             raise self._error
 
     def _await_ready(self) -> None:
         with self._lock:
             limit = self.config.runtime.startup_timeout_s
-            self._wait(lambda: len(self._ready) == self.config.world_size, limit, "start of the ranks")
+            self._wait(lambda: set(self._ready), limit, "start of the ranks")
 
     def _forget(self, request_id: str) -> _Open | None:
         done = self._open.pop(request_id, None)

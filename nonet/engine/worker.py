@@ -5,8 +5,10 @@ Owned by the rank's loop (`core`); knows nothing of requests or sampling.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -103,10 +105,10 @@ class Worker:
         places = (self.num_blocks + 1) * self.config.cache.block_size
         shape = (places, kv_heads_per_rank(self.config, self.spec), self.spec.head_dim)
 
-        def zeros() -> Tensor:
-            return torch.zeros(shape, dtype=self.dtype, device=self.world.device)
-
-        return [(zeros(), zeros()) for _ in range(self.model.num_layers)]
+        return [
+            (_zeros(shape, self.dtype, self.world.device), _zeros(shape, self.dtype, self.world.device))
+            for _ in range(self.model.num_layers)
+        ]
 
     @torch.inference_mode()
     def run(self, step: StepBatch, tokens_by_dp_rank: Sequence[int]) -> Tensor:
@@ -128,3 +130,10 @@ class Worker:
 
     def close(self) -> None:
         self.all2all.close()
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on CPUs of memory that the system hands out only when it is written."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)

@@ -127,6 +127,7 @@ class _Ranks:
         self._jobs: list[zmq.Socket[bytes]] = [self._context.socket(zmq.PUSH) for _ in range(size)]
         for rank, socket in enumerate(self._jobs):
             socket.setsockopt(zmq.LINGER, 0)
+            socket.setsockopt(zmq.SNDTIMEO, 1000)  # a socket whose rank is gone would block for ever
             socket.bind(f"{name}-in-{rank}")
         env = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         self.node = Node("nonet.testing.cluster:main", size, {**payload, "name": name}, env)
@@ -148,9 +149,14 @@ class _Ranks:
             self._collect("start of the ranks", _START_S)
         self.number += 1
         job = pickle.dumps((self.number, function, args, sys.path))
-        for socket in self._jobs:
-            socket.send(job)
+        self._send(job)
         return self._collect(function, timeout_s)
+
+    def _send(self, job: bytes) -> None:
+        """Give every rank a job. Who cannot take it is gone, and will be missed when answers are collected."""
+        for socket in self._jobs:
+            with contextlib.suppress(zmq.Again):
+                socket.send(job)
 
     def _collect(self, what: str, timeout_s: float) -> list[Any]:
         """Every rank's answer to the current job. Raises what `Cluster.run` says."""
@@ -182,8 +188,7 @@ class _Ranks:
     def stop(self) -> None:
         """Let idle ranks leave in order, then make sure."""
         if self._news is None:
-            for socket in self._jobs:
-                socket.send(b"")
+            self._send(b"")
             self._watcher.join(_STOP_S)
         self.kill()
 

@@ -8,7 +8,7 @@ import random
 import pytest
 from oracle import folder, prompts, reference
 
-from nonet import AsyncLLM, LLM, RequestError, SamplingParams
+from nonet import LLM, AsyncLLM, RequestError, SamplingParams
 from nonet.testing.equality import check_equality
 
 SETTINGS = {
@@ -18,10 +18,8 @@ SETTINGS = {
 
 
 async def last(stream):
-    out = None
-    async for out in stream:
-        pass
-    return out
+    outs = [out async for out in stream]
+    return outs[-1]
 
 
 def test_a_thousand_bursts_without_a_hang():
@@ -122,7 +120,8 @@ def test_neighbours_do_not_change_a_seeded_sample():
         alone = llm.generate([prompt], params)[0].outputs[0].token_ids
         many = llm.generate([*prompts(131, [9, 30, 4, 50, 22], seed=5), prompt], [noise] * 5 + [params])
         assert many[-1].outputs[0].token_ids == alone
-        n3 = llm.generate([prompt], SamplingParams(temperature=1.0, top_p=0.9, seed=11, n=3, max_tokens=24, ignore_eos=True))
+        three = SamplingParams(temperature=1.0, top_p=0.9, seed=11, n=3, max_tokens=24, ignore_eos=True)
+        n3 = llm.generate([prompt], three)
         assert [o.index for o in n3[0].outputs] == [0, 1, 2]
         assert n3[0].outputs[0].token_ids == alone
         assert len({tuple(o.token_ids) for o in n3[0].outputs}) == 3

@@ -15,7 +15,10 @@ from nonet.eplb.placement import Placement
 from nonet.testing.equality import check_equality
 
 ASSETS = Path(nonet.__file__).parent / "assets"
-KINDS = {path.stem: path.read_text(encoding="utf-8").rstrip("\n").split("\n\f\n") for path in (ASSETS / "heldout").glob("*.txt")}
+KINDS = {
+    path.stem: path.read_text(encoding="utf-8").rstrip("\n").split("\n\f\n")
+    for path in (ASSETS / "heldout").glob("*.txt")
+}
 
 
 def test_folder_is_small_and_complete():

@@ -24,6 +24,7 @@ class Watched:
     target: int  # outputs after which it ends by itself
     epoch: int = -1  # preemptions when it was last admitted; -1: never
     computed: int = 0  # positions with keys and values since then
+    first_hit: int = 0  # prompt tokens found at the first admission
     prompt_logprobs: list[int] = field(default_factory=list)
 
 
@@ -122,8 +123,9 @@ class PretendEngine:
             assert item.start == known.computed, "every position once"
             return
         assert item.start == self.expected_hit(sequence, findable)
-        if known.epoch < 0 and sequence.preemptions == 0:
-            assert sequence.num_cached == item.start
+        if known.epoch < 0:
+            known.first_hit = item.start
+        assert sequence.num_cached == known.first_hit, "what a restart finds is its own work, no prefix hit"
         known.epoch = sequence.preemptions
 
     def expected_hit(self, sequence: Sequence, findable: set[tuple[int, ...]]) -> int:
