@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 
+from nonet.config.schema import EngineConfig
 from nonet.errors import ConfigError
 
 
@@ -44,3 +45,14 @@ def omp_num_threads(environ: Mapping[str, str] = os.environ) -> int | None:
     if not value.isdigit() or int(value) < 1:
         raise ConfigError("OMP_NUM_THREADS", value, "use a positive count")
     return int(value)
+
+
+def rank_environment(config: EngineConfig, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Variables that ranks start with. What the user set for the allocator or the threads' waiting stays."""
+    wanted = {
+        # keep freed memory: a step allocates the same sizes again, and fresh pages cost more than the arithmetic
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
+    }
+    kept = {name: value for name, value in wanted.items() if name not in environ}
+    return {**kept, "OMP_NUM_THREADS": str(config.runtime.threads_per_rank)}

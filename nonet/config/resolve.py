@@ -108,10 +108,13 @@ def _moe(config: EngineConfig, spec: ModelSpec) -> MoeConfig:
             "all2all_backend", moe.all2all_backend, "moves no tokens between ranks; with expert parallelism use another"
         )
     if moe.expert_backend == "auto":
-        update["expert_backend"] = "cpu" if parallel.device == "cpu" else "grouped"
+        update["expert_backend"] = "grouped"
     else:
         plugins.check("nonet.moe.experts", moe.expert_backend, "expert_backend")
     if moe.combine == "exact":
+        if moe.expert_backend not in ("auto", "reference"):
+            remedy = "combine = exact computes with the reference; use auto or reference"
+            raise ConfigError("expert_backend", moe.expert_backend, remedy)
         update["expert_backend"] = "reference"
     if moe.max_num_tokens is not None and moe.max_num_tokens < config.world_size:
         raise ConfigError("max_num_tokens", moe.max_num_tokens, f"use at least one token a rank: {config.world_size}")
@@ -127,6 +130,8 @@ def _load_balancer(config: EngineConfig, spec: ModelSpec) -> LoadBalancerConfig:
     slots = balancer.num_slots or spec.num_experts
     if slots < spec.num_experts:
         raise ConfigError("num_slots", slots, f"the model has {spec.num_experts} experts, and each needs a slot")
+    if config.parallel.enable_expert_parallel and slots < config.world_size:
+        raise ConfigError("num_slots", slots, f"each rank needs a slot; use {config.world_size}, or fewer ranks")
     if slots != spec.num_experts and not config.parallel.enable_expert_parallel:
         raise ConfigError("num_slots", slots, "replicas need enable_expert_parallel")
     if slots != spec.num_experts and slots % config.world_size:

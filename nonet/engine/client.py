@@ -20,6 +20,7 @@ import zmq
 
 from nonet import errors
 from nonet.config.checkpoint import ModelSpec, read_spec
+from nonet.config.env import rank_environment
 from nonet.config.resolve import resolve
 from nonet.config.schema import EngineConfig
 from nonet.engine import messages as m
@@ -65,8 +66,7 @@ class Client:
             "outputs": f"ipc://@{name}-out",
             "inputs": f"ipc://@{name}-in",
         }
-        threads = {"OMP_NUM_THREADS": str(self.config.runtime.threads_per_rank)}
-        self._node = Node("nonet.engine.core:main", self.config.world_size, payload, threads)
+        self._node = Node("nonet.engine.core:main", self.config.world_size, payload, rank_environment(self.config))
         self._leash = weakref.finalize(self, self._node.close)
         self._threads = [
             threading.Thread(target=target, daemon=True, name=f"nonet-{target.__name__.strip('_')}")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nonet.layers.linear import linear
+from nonet.kernels.linear import linear, pack
 from nonet.layers.norm import rms_norm
 from nonet.layers.rope import rotate
 from nonet.weights.loader import Checkpoint
@@ -60,11 +60,11 @@ class Attention:
         q_rows = (heads[0] * head_dim, heads[1] * head_dim)
         kv_rows = (kv_heads[0] * head_dim, kv_heads[1] * head_dim)
         parts = (("q", q_rows), ("k", kv_rows), ("v", kv_rows))
-        self.qkv = torch.cat([checkpoint.read(f"{prefix}.{n}_proj.weight", rows=rows) for n, rows in parts])
+        self.qkv = pack(torch.cat([checkpoint.read(f"{prefix}.{n}_proj.weight", rows=rows) for n, rows in parts]))
         self.bias = None
         if f"{prefix}.q_proj.bias" in checkpoint:
             self.bias = torch.cat([checkpoint.read(f"{prefix}.{n}_proj.bias", rows=rows) for n, rows in parts])
-        self.out = checkpoint.read(f"{prefix}.o_proj.weight", columns=q_rows)
+        self.out = pack(checkpoint.read(f"{prefix}.o_proj.weight", columns=q_rows))
         self.norm_eps = norm_eps
         if norm_eps is not None:
             q, k = (checkpoint.expect(f"{prefix}.{n}_norm.weight", (head_dim,)) for n in ("q", "k"))
@@ -72,7 +72,7 @@ class Attention:
 
     def forward(self, x_TD: Tensor, cos_sin: tuple[Tensor, Tensor], cache: KvCache, batch: AttentionBatch) -> Tensor:
         T, H, h = x_TD.shape[0], self.num_heads, self.num_kv_heads
-        qkv = linear(x_TD, self.qkv, self.bias).reshape(T, H + 2 * h, self.head_dim)
+        qkv = linear(x_TD, self.qkv, self.bias).view(T, H + 2 * h, self.head_dim)
         qk, v_Thd = qkv[:, : H + h], qkv[:, H + h :]
         if self.norm_eps is not None:
             qk = rms_norm(qk, self.qk_norm, self.norm_eps)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nonet.comm.group import Group
 from nonet.config.fleet import split_evenly
-from nonet.layers.linear import linear
+from nonet.kernels.linear import linear, pack
 from nonet.weights.loader import Checkpoint, Range
 
 
@@ -29,10 +29,9 @@ class DenseMlp:
     def __init__(self, checkpoint: Checkpoint, prefix: str, intermediate_size: int, tp: Group) -> None:
         self.tp = tp
         span = span_of(intermediate_size, tp.size, tp.rank)
-        self.gate_up = torch.cat(
-            [checkpoint.read(f"{prefix}.{part}_proj.weight", rows=span) for part in ("gate", "up")]
-        )
-        self.down = checkpoint.read(f"{prefix}.down_proj.weight", columns=span)
+        parts = [checkpoint.read(f"{prefix}.{part}_proj.weight", rows=span) for part in ("gate", "up")]
+        self.gate_up = pack(torch.cat(parts))
+        self.down = pack(checkpoint.read(f"{prefix}.down_proj.weight", columns=span))
 
     def forward(self, x_tD: Tensor, rows: tuple[int, ...]) -> Tensor:
         x_TD = self.tp.all_gather_rows(x_tD, rows).wait()

@@ -12,9 +12,9 @@ from functools import partial
 
 from torch import Tensor
 
+from nonet.kernels.linear import linear, pack
 from nonet.layers.attention import Attention, KvCache
 from nonet.layers.embedding import Vocabulary
-from nonet.layers.linear import linear
 from nonet.layers.mlp import DenseMlp, span_of
 from nonet.layers.norm import rms_norm
 from nonet.layers.rope import Rope
@@ -37,9 +37,9 @@ class Model:
         self.embedding = Vocabulary(checkpoint, "model.embed_tokens.weight", spec.vocab_size, parts.tp)
         self.layers = [Layer(parts, index) for index in range(spec.num_layers)]
         self.norm = checkpoint.expect("model.norm.weight", (spec.hidden_size,))
-        self.head = self.embedding
-        if not spec.tie_word_embeddings:
-            self.head = Vocabulary(checkpoint, "lm_head.weight", spec.vocab_size, parts.tp)
+        tied = spec.tie_word_embeddings
+        head = self.embedding if tied else Vocabulary(checkpoint, "lm_head.weight", spec.vocab_size, parts.tp)
+        self.head = head.as_head()
         length = parts.config.model.max_model_len or spec.max_position
         self.rope = Rope(spec.head_dim, spec.rope_theta, length, parts.dtype, parts.device)
 
@@ -111,7 +111,7 @@ def moe_layer(parts: Parts, index: int) -> MoeLayer:
         rule = simulated(moe.routing_simulation, spec.num_experts, spec.top_k, parts.ep.size, seed)
     return MoeLayer(
         index=ordinal,
-        gate=partial(linear, weight_ND=gate),
+        gate=partial(linear, weight=pack(gate)),
         rule=rule,
         lookup=Lookup(parts.placement, ordinal, parts.ep.rank, parts.device),
         load=parts.load,

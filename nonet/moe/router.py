@@ -10,14 +10,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Route = tuple[Tensor, Tensor]  # expert_TK int64, weight_TK float32
-Rule = Callable[[Tensor], Route]  # from logits_TE
+Choice = tuple[Tensor, Tensor]  # expert_TK int64, weight_TK float32
+Rule = Callable[[Tensor], Choice]  # from logits_TE
 
 
 def softmax_topk(top_k: int, renormalise: bool) -> Rule:
     """Softmax over all experts in float32, the K largest, renormalised if asked (Qwen3-MoE, Mixtral)."""
 
-    def rule(logits_TE: Tensor) -> Route:
+    def rule(logits_TE: Tensor) -> Choice:
         weight_TK, expert_TK = torch.topk(torch.softmax(logits_TE.float(), dim=-1), top_k, dim=-1)
         if renormalise:
             weight_TK = weight_TK / weight_TK.sum(dim=-1, keepdim=True)

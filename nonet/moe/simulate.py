@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nonet.errors import ConfigError, nearest
-from nonet.moe.router import Route, Rule
+from nonet.moe.router import Choice, Rule
 
 
 def simulated(strategy: str, num_experts: int, top_k: int, num_ranks: int, seed: int) -> Rule:
@@ -62,7 +62,7 @@ class _RoundRobin:
     def __init__(self, num_experts: int, top_k: int) -> None:
         self.num_experts, self.top_k, self.next = num_experts, top_k, 0
 
-    def __call__(self, logits_TE: Tensor) -> Route:
+    def __call__(self, logits_TE: Tensor) -> Choice:
         T = logits_TE.shape[0]
         flat = torch.arange(self.next, self.next + T * self.top_k, device=logits_TE.device) % self.num_experts
         self.next = (self.next + T * self.top_k) % self.num_experts
@@ -77,7 +77,7 @@ class _Drawn:
         self.inclusion_E = _inclusion(share_E / share_E.sum(), top_k)
         self.generator = torch.Generator().manual_seed(seed)
 
-    def __call__(self, logits_TE: Tensor) -> Route:
+    def __call__(self, logits_TE: Tensor) -> Choice:
         T, E = logits_TE.shape[0], len(self.inclusion_E)
         order_TE = torch.rand((T, E), generator=self.generator).argsort(dim=1)  # a fresh order decorrelates neighbours
         edge_TE = self.inclusion_E[order_TE].cumsum(dim=1)
@@ -98,7 +98,7 @@ class _Quota:
         self.edge_E = _inclusion(share_E / share_E.sum(), top_k)[self.order_E].double().cumsum(0)
         self.offset = float(torch.rand(1, generator=generator))
 
-    def __call__(self, logits_TE: Tensor) -> Route:
+    def __call__(self, logits_TE: Tensor) -> Choice:
         T = logits_TE.shape[0]
         walk_T = torch.arange(self.next, self.next + T, dtype=torch.float64) * 0.6180339887498949 + self.offset
         self.next += T

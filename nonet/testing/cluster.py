@@ -177,7 +177,9 @@ class _Ranks:
                 break  # the supervisor has ended the others too
         error = _first(failures, self.size)
         if self._news is not None and (error is None or isinstance(error, CommError)):  # else: what others saw of it
-            end = f"rank {self._news['rank']} died ({self._news['how']})" if "rank" in self._news else "supervisor ended"
+            end = (
+                f"rank {self._news['rank']} died ({self._news['how']})" if "rank" in self._news else "supervisor ended"
+            )
             raise EngineDeadError(f"{what}: {end}")
         if error is not None:
             raise error

@@ -24,9 +24,10 @@ from nonet.comm.group import Group
 from nonet.comm.world import World
 from nonet.config.fleet import Fleet, split_evenly
 from nonet.eplb.placement import Placement
+from nonet.kernels.linear import pack
 from nonet.moe.all2all import local
 from nonet.moe.base import All2All, All2AllSpec, Dispatched
-from nonet.moe.experts import grouped, reference
+from nonet.moe.experts import cpu, grouped, reference
 from nonet.moe.lookup import Lookup
 from nonet.testing.routing import Imbalanced, Kind, Tokens, tokens
 from nonet.weights.slots import SlotWeights
@@ -145,7 +146,8 @@ class _Layer:
             max_rows=max(1, *map(max, case.rows)),
             exact=case.exact,
         )
-        self.kernel = reference.create() if case.exact else grouped.create()
+        fast = cpu if world.device.type == "cpu" else grouped
+        self.kernel = reference.create() if case.exact else fast.create()
         self.weights = self._own_weights()
         self.home = self.placement.experts_on(0, 0)
         self.source = world.rank  # whose tokens are this rank's own
@@ -177,12 +179,12 @@ class _Layer:
         whole, rank = self.experts, self.group.rank
         if self.name != "tensor":
             own = self.placement.experts_on(rank, 0)
-            return SlotWeights(tuple(whole.gate_up[e] for e in own), tuple(whole.down[e] for e in own))
+            return _packed([whole.gate_up[e] for e in own], [whole.down[e] for e in own])
         widths = split_evenly(self.case.intermediate, self.group.size)
         first = sum(widths[:rank])
         span = slice(first, first + widths[rank])
-        gate_up = (torch.cat([half[span] for half in both.chunk(2)]) for both in whole.gate_up)
-        return SlotWeights(tuple(gate_up), tuple(down[:, span].contiguous() for down in whole.down))
+        gate_up = [torch.cat([half[span] for half in both.chunk(2)]) for both in whole.gate_up]
+        return _packed(gate_up, [down[:, span] for down in whole.down])
 
     def one_pass(self, backend: All2All, number: int, rows: Sequence[int]) -> Tensor:
         """Dispatch, compute and combine one batch, checking each stage."""
@@ -202,7 +204,7 @@ class _Layer:
             y[int(sent.count_S.sum()) :] = torch.nan
         result = backend.combine(y, sent).wait()
         assert result.shape == own.x_TD.shape, f"{self.name} returned {list(result.shape)} for {list(own.x_TD.shape)}"
-        assert result.dtype == self.dtype
+        assert result.dtype == self.dtype, f"{self.name} returned {result.dtype} for {self.dtype}"
         where = f"{self.name}, pass {number}, rank {self.source}, {counts} rows"
         want = dense(own, self.experts)
         worst = float((result.float() - want).abs().max()) if len(want) else 0.0  # NaN compares false
@@ -267,6 +269,11 @@ def dense(given: Tokens, experts: SlotWeights) -> Tensor:
         y = F.linear(F.silu(gate) * up, down.float()) * given.weight_TK[token, k].unsqueeze(1)
         out.index_add_(0, token, y)
     return out
+
+
+def _packed(gate_up: list[Tensor], down: list[Tensor]) -> SlotWeights:
+    """Weights as a model holds them."""
+    return SlotWeights(tuple(pack(w.contiguous()) for w in gate_up), tuple(pack(w.contiguous()) for w in down))
 
 
 def _poison(sent: Dispatched) -> Dispatched:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nonet.errors import ModelError
+from nonet.kernels.linear import pack
 from nonet.weights.loader import Checkpoint, Range
 
 Names = Callable[[int], tuple[str, str, str]]  # expert -> names of its gate, up and down projections
@@ -21,27 +23,27 @@ Names = Callable[[int], tuple[str, str, str]]  # expert -> names of its gate, up
 class SlotWeights:
     """The weights in this rank's slots of one layer; a slot is an address, so slots need not adjoin.
 
-    gate_up[s] is [2I, D] (gate above up), down[s] is [D, I].
+    gate_up[s] is [2I, D] (gate above up), down[s] is [D, I], each in the form of `kernels.linear.pack`.
     """
 
     gate_up: tuple[Tensor, ...]
     down: tuple[Tensor, ...]
-    stacked: tuple[Tensor, Tensor] | None = None  # the same memory as [S, 2I, D] and [S, D, I], where slots adjoin
 
 
 def fill_slots(checkpoint: Checkpoint, names: Names, experts: Sequence[int], span: Range) -> SlotWeights:
-    """One slot for each of `experts`, in order, with the part `span` of their intermediate width I."""
-    width = span[1] - span[0]
-    gate_up: Tensor | None = None
-    down: Tensor | None = None
-    for slot, expert in enumerate(experts):
-        parts = [checkpoint.read(name, rows=span) for name in names(expert)[:2]]
-        back = checkpoint.read(names(expert)[2], columns=span)
-        if gate_up is None or down is None:
-            gate_up = back.new_empty((len(experts), 2 * width, back.shape[0]))
-            down = back.new_empty((len(experts), *back.shape))
-        torch.cat(parts, out=gate_up[slot])
-        down[slot] = back
-    assert gate_up is not None, "a rank holds at least one slot"
-    assert down is not None
-    return SlotWeights(gate_up.unbind(), down.unbind(), (gate_up, down))
+    """One slot for each of `experts`, in order, with the part `span` of their intermediate width I.
+
+    Raises ModelError if a tensor is missing or an expert's three do not fit together.
+    """
+    gate_up, down = [], []
+    hidden: int | None = None
+    for expert in experts:
+        own = names(expert)
+        gate, up = (checkpoint.read(name, rows=span) for name in own[:2])
+        back = checkpoint.read(own[2], columns=span)
+        hidden = hidden or gate.shape[1]
+        if {gate.shape[1], up.shape[1], back.shape[0]} != {hidden}:
+            raise ModelError(f"{checkpoint.folder}: {', '.join(own)} have shapes that do not fit together")
+        gate_up.append(pack(torch.cat([gate, up])))
+        down.append(pack(back))
+    return SlotWeights(tuple(gate_up), tuple(down))

@@ -58,7 +58,9 @@ def types_in_a_window(world: World) -> list[bool]:
         windows.tensor(world.rank, 64 * i, (2, 3), dtype).copy_(mine)
         world.ep.barrier()
         other = (world.rank + 1) % world.size
-        same.append(torch.equal(windows.tensor(other, 64 * i, (2, 3), dtype), torch.arange(6).view(2, 3).to(dtype) + other))
+        same.append(
+            torch.equal(windows.tensor(other, 64 * i, (2, 3), dtype), torch.arange(6).view(2, 3).to(dtype) + other)
+        )
     world.ep.barrier()
     return same
 

@@ -64,6 +64,11 @@ def test_a_stop_string_longer_than_the_text_so_far_holds_all_of_it():
     assert set(stream(state, "a very long")) == {""}
 
 
+def test_nothing_is_held_back_where_the_stop_string_will_be_shown_anyway():
+    state = completion(stop=["stop"], include_stop_str_in_output=True)
+    assert stream(state, "a sto") == ["a", "a ", "a s", "a st", "a sto"]
+
+
 @pytest.mark.parametrize(("include", "text"), [(False, "one "), (True, "one two")])
 def test_a_stop_string_over_several_tokens_ends_the_text(include, text):
     state = completion(stop=["two"], include_stop_str_in_output=include)

@@ -101,6 +101,15 @@ def test_flush_gives_the_rest_once():
     assert (stream.flush(), stream.flush()) == (BAD, "")
 
 
+def test_long_outputs_do_not_make_a_token_dearer():
+    stream, tokens = trained().stream(True), trained().encode(TEXT * 3)
+    widest = 0
+    for token in tokens:
+        stream.add(token)
+        widest = max(widest, len(stream._window))
+    assert widest < 24 < len(tokens), "tokens decoded for one more"
+
+
 @pytest.mark.parametrize("maker", [trained, single_bytes])
 def test_special_tokens_show_only_when_wanted(maker):
     tokenizer = maker()

@@ -14,14 +14,12 @@ from nonet.moe.base import All2AllSpec
 
 def pack(x_ND: Tensor, slot_NK: Tensor, weight_NK: Tensor) -> Tensor:
     """[N, bytes] uint8."""
-    return torch.cat(
-        [
-            x_ND.contiguous().view(torch.uint8),
-            slot_NK.to(torch.int32).view(torch.uint8),
-            weight_NK.float().contiguous().view(torch.uint8),
-        ],
-        dim=1,
-    )
+    return torch.cat([_as_bytes(x_ND), _as_bytes(slot_NK.int()), _as_bytes(weight_NK.float())], dim=1)
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    """Through one dimension: of a [0, 1] tensor the strides are anything, and a view by bytes would refuse them."""
+    return x.reshape(-1).view(torch.uint8).view(x.shape[0], x.shape[1] * x.dtype.itemsize)
 
 
 def unpack(packed: Tensor, spec: All2AllSpec) -> tuple[Tensor, Tensor, Tensor]:

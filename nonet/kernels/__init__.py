@@ -1,0 +1,1 @@
+"""Single operations, each with the plain form that specifies it beside the form that is fast."""

@@ -1,0 +1,283 @@
+"""Resolving: every open value settled once, against the model and the machine, and what cannot work refused."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from model_folders import write_model
+
+from nonet.config import build_config
+from nonet.config.checkpoint import read_spec
+from nonet.config.env import VARIABLES
+from nonet.config.fleet import Fleet, split_evenly
+from nonet.config.resolve import CPU_KV_CACHE_BYTES, block_bytes, kv_heads_per_rank, resolve
+from nonet.errors import ConfigError, ModelError
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch):
+    for variable in (*VARIABLES, "OMP_NUM_THREADS"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture
+def resolved(tmp_path):
+    """resolved(**settings): the configuration of the small model (12 heads, 4 KV heads, 22 experts)."""
+
+    def run(num_gpus: int = 0, changes: dict | None = None, **settings):
+        folder = write_model(tmp_path, **(changes or {}))
+        return resolve(build_config(folder, **settings), read_spec(folder), num_gpus=num_gpus)
+
+    return run
+
+
+@pytest.fixture
+def refused(resolved):
+    """refused(**settings): the one line with which it is refused."""
+
+    def run(num_gpus: int = 0, changes: dict | None = None, **settings) -> str:
+        with pytest.raises(ConfigError) as caught:
+            resolved(num_gpus, changes, **settings)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    return run
+
+
+def ep(tp: int = 1, dp: int = 1, **more) -> dict:
+    return {"tensor_parallel_size": tp, "data_parallel_size": dp, "enable_expert_parallel": True, **more}
+
+
+def test_nothing_is_left_open(resolved):
+    config = resolved()
+    assert config.parallel.device == "cpu"
+    assert (config.model.dtype, config.model.max_model_len) == ("bfloat16", 512)
+    assert config.model.tokenizer == config.model.model
+    assert os.path.isdir(config.model.model)
+    assert (config.moe.all2all_backend, config.moe.load_balancer.num_slots) == ("local", 22)
+    assert config.moe.expert_backend != "auto"
+    assert config.cache.num_blocks
+    assert config.runtime.threads_per_rank
+    assert resolve(config, read_spec(config.model.model), num_gpus=0) == config, "there is nothing left to resolve"
+
+
+def test_what_was_given_stays(resolved):
+    given = {"dtype": "float32", "max_model_len": 100, "tokenizer": "t", "num_blocks": 7, "threads_per_rank": 3}
+    config = resolved(**given, expert_backend="reference", device="cpu")
+    assert (config.model.dtype, config.model.max_model_len, config.model.tokenizer) == ("float32", 100, "t")
+    assert (config.cache.num_blocks, config.runtime.threads_per_rank) == (7, 3)
+    assert config.moe.expert_backend == "reference"
+
+
+def test_a_model_that_is_not_supported_is_refused(resolved):
+    with pytest.raises(ModelError, match="use_sliding_window = True is not supported"):
+        resolved(changes={"use_sliding_window": True})
+    with pytest.raises(ModelError, match="num_experts = 0"):
+        resolved(changes={"num_experts": 0})
+
+
+# -- device, type, length, threads ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "ranks", "wanted"),
+    [
+        ("auto", 0, 2, "cpu"),
+        ("auto", 2, 2, "cuda"),
+        ("auto", 8, 2, "cuda"),
+        ("cpu", 8, 2, "cpu"),
+        ("cuda", 2, 2, "cuda"),
+    ],
+)
+def test_the_device(resolved, device, gpus, ranks, wanted):
+    assert resolved(gpus, device=device, **ep(dp=ranks)).parallel.device == wanted
+
+
+@pytest.mark.parametrize(("device", "gpus"), [("cuda", 0), ("cuda", 1), ("auto", 1)])
+def test_too_few_gpus(refused, device, gpus):
+    message = refused(gpus, device=device, **ep(dp=2))
+    assert message == f"device = 'cuda': needs 2 GPUs, {gpus} found; use fewer ranks or cpu"
+
+
+def test_the_type_is_the_checkpoints_unless_it_is_given(resolved, refused):
+    assert resolved(changes={"torch_dtype": "float16"}).model.dtype == "float16"
+    assert resolved(changes={"torch_dtype": "float16"}, dtype="float32").model.dtype == "float32"
+    message = refused(changes={"torch_dtype": "float8_e4m3fn"})
+    assert message == "dtype = 'float8_e4m3fn': use one of: float32, bfloat16, float16"
+
+
+def test_no_longer_than_the_model_was_made_for(resolved, refused):
+    assert resolved(max_model_len=512).model.max_model_len == 512
+    assert refused(max_model_len=513) == "max_model_len = 513: the model was made for at most 512"
+
+
+def test_threads_are_given_or_from_the_environment_or_the_cores_shared(resolved, monkeypatch):
+    cores = len(os.sched_getaffinity(0))
+    assert resolved().runtime.threads_per_rank == cores
+    assert resolved(**ep(dp=2)).runtime.threads_per_rank == max(1, cores // 2)
+    assert resolved(**ep(dp=22)).runtime.threads_per_rank == max(1, cores // 22)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert resolved().runtime.threads_per_rank == 7
+    assert resolved(threads_per_rank=5).runtime.threads_per_rank == 5
+
+
+def test_every_sequence_must_be_able_to_get_a_token(resolved, refused):
+    assert resolved(max_num_seqs=32, max_num_batched_tokens=32)
+    message = refused(max_num_seqs=33, max_num_batched_tokens=32)
+    assert message.startswith("max_num_batched_tokens = 32: must be at least max_num_seqs (33)")
+
+
+# -- heads over tensor-parallel ranks ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tp", "kv_heads"), [(1, 4), (2, 2), (4, 1), (12, 1)])
+def test_tensor_parallel_sizes_that_work(resolved, tp, kv_heads):
+    """12 heads and 4 KV heads: 12 ranks hold each KV head three times."""
+    config = resolved(tensor_parallel_size=tp)
+    assert kv_heads_per_rank(config, read_spec(config.model.model)) == kv_heads
+
+
+@pytest.mark.parametrize(
+    ("tp", "problem", "near"),
+    [
+        (3, "neither divides nor is a multiple of the model's 4 KV heads", "2 or 4"),
+        (5, "does not divide the model's 12 heads", "4 or 12"),
+        (6, "neither divides nor is a multiple of the model's 4 KV heads", "4 or 12"),
+        (7, "does not divide the model's 12 heads", "4 or 12"),
+        (13, "does not divide the model's 12 heads", "12"),
+        (24, "does not divide the model's 12 heads", "12"),
+    ],
+)
+def test_tensor_parallel_sizes_that_do_not_name_the_nearest_that_do(refused, tp, problem, near):
+    assert refused(tensor_parallel_size=tp) == f"tensor_parallel_size = {tp}: {problem}; nearest that works: {near}"
+
+
+@pytest.mark.parametrize("tp", range(1, 14))
+def test_the_nearest_that_is_named_does_work(resolved, refused, tp):
+    try:
+        resolved(tensor_parallel_size=tp)
+    except ConfigError as error:
+        named = [int(word) for word in error.remedy.rpartition(": ")[2].split(" or ")]
+    else:
+        named = [tp]
+    assert named
+    for size in named:
+        assert resolved(tensor_parallel_size=size).parallel.tensor_parallel_size == size
+
+
+# -- experts and all-to-all -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "backend"),
+    [
+        ({}, "local"),
+        (ep(), "local"),
+        ({"tensor_parallel_size": 2}, "tensor"),
+        ({"data_parallel_size": 3}, "tensor"),
+        (ep(tp=2), "allgather_reducescatter"),
+        (ep(dp=2, all2all_backend="shm"), "shm"),
+        (ep(dp=2, all2all_backend="naive"), "naive"),
+    ],
+)
+def test_the_all_to_all(resolved, settings, backend):
+    assert resolved(**settings).moe.all2all_backend == backend
+
+
+@pytest.mark.parametrize("backend", ["local", "tensor"])
+def test_backends_that_move_no_tokens_are_refused_with_expert_parallelism(refused, backend):
+    assert refused(**ep(dp=2), all2all_backend=backend).startswith(f"all2all_backend = '{backend}': moves no tokens")
+
+
+@pytest.mark.parametrize("settings", [{}, {"data_parallel_size": 2}, ep(dp=2)])
+def test_an_unknown_backend_is_refused_also_where_none_is_needed(refused, settings):
+    assert refused(**settings, all2all_backend="naiv") == "all2all_backend = 'naiv': did you mean 'naive'?"
+    assert refused(**settings, expert_backend="refrence") == "expert_backend = 'refrence': did you mean 'reference'?"
+
+
+def test_exact_needs_expert_parallelism_over_ranks(resolved, refused):
+    assert resolved(combine="exact").moe.expert_backend == "reference"
+    assert resolved(combine="exact", **ep(dp=2)).moe.combine == "exact"
+    assert refused(combine="exact", data_parallel_size=2).startswith("combine = 'exact': needs enable_expert_parallel")
+    message = refused(combine="exact", expert_backend="grouped", **ep(dp=2))
+    assert message == "expert_backend = 'grouped': combine = exact computes with the reference; use auto or reference"
+
+
+def test_a_pass_takes_at_least_a_token_a_rank(resolved, refused):
+    assert resolved(max_num_tokens=4, **ep(dp=4)).moe.max_num_tokens == 4
+    assert refused(max_num_tokens=3, **ep(dp=4)) == "max_num_tokens = 3: use at least one token a rank: 4"
+
+
+@pytest.mark.parametrize("slots", [None, 0, 22])
+def test_a_slot_an_expert_also_where_that_is_uneven(resolved, slots):
+    assert resolved(num_slots=slots, **ep(dp=4)).moe.load_balancer.num_slots == 22
+    assert Fleet.even(4, 22).slots_by_rank == (6, 6, 5, 5)
+
+
+@pytest.mark.parametrize(
+    ("slots", "dp", "message"),
+    [
+        (21, 4, "num_slots = 21: the model has 22 experts, and each needs a slot"),
+        (23, 4, "num_slots = 23: does not divide over 4 ranks; nearest: 24"),
+        (26, 4, "num_slots = 26: does not divide over 4 ranks; nearest: 24"),
+        (27, 4, "num_slots = 27: does not divide over 4 ranks; nearest: 24"),
+        (None, 23, "num_slots = 22: each rank needs a slot; use 23, or fewer ranks"),
+    ],
+)
+def test_slots_that_do_not_work(refused, slots, dp, message):
+    assert refused(num_slots=slots, **ep(dp=dp)) == message
+
+
+def test_replicas_need_expert_parallelism(resolved, refused):
+    assert resolved(num_slots=24, **ep(dp=4)).moe.load_balancer.num_slots == 24
+    assert refused(num_slots=24, data_parallel_size=4) == "num_slots = 24: replicas need enable_expert_parallel"
+    assignments = {layer: list(range(22)) for layer in range(4)}
+    message = refused(initial_global_assignments=assignments, data_parallel_size=2)
+    assert message == "initial_global_assignments = '(given)': needs enable_expert_parallel"
+
+
+def test_what_is_not_built_yet_is_refused(refused):
+    message = refused(layer_updates_per_iter=2)
+    assert message == "layer_updates_per_iter = 2: online balancing is not built yet; use 0"
+
+
+# -- the KV cache -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "size"),
+    [({}, 8192), ({"dtype": "float32"}, 16384), ({"block_size": 4}, 2048), (ep(tp=2), 4096), (ep(tp=12), 2048)],
+    ids=str,
+)
+def test_blocks_from_memory(resolved, settings, size):
+    """A block: keys and values, 4 layers, 16 tokens, 4 KV heads on all ranks, 8 wide, 2 bytes: 8192."""
+    config = resolved(kv_cache_memory_bytes=100 * size + size - 1, **settings)
+    assert block_bytes(config, read_spec(config.model.model)) == size
+    assert config.cache.num_blocks == 100
+    assert resolved(**settings).cache.num_blocks == CPU_KV_CACHE_BYTES // size
+
+
+def test_blocks_on_gpus_are_counted_later_unless_given(resolved):
+    assert resolved(1).cache.num_blocks is None
+    assert resolved(1, num_blocks=9).cache.num_blocks == 9
+    assert resolved(1, kv_cache_memory_bytes=8192 * 5).cache.num_blocks == 5
+
+
+def test_memory_for_less_than_a_block(refused):
+    assert refused(kv_cache_memory_bytes=8191) == "kv_cache_memory_bytes = 8191: one block needs 8192"
+
+
+# -- splitting --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "parts", "wanted"), [(6, 3, (2, 2, 2)), (7, 3, (3, 2, 2)), (2, 4, (1, 1, 0, 0)), (0, 2, (0, 0))]
+)
+def test_split_evenly(count, parts, wanted):
+    assert split_evenly(count, parts) == wanted
+
+
+def test_a_fleet_knows_where_each_rank_begins():
+    fleet = Fleet((3, 0, 2))
+    assert (fleet.num_ranks, fleet.num_slots, fleet.first_slot) == (3, 5, (0, 3, 3, 5))

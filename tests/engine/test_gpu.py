@@ -1,0 +1,47 @@
+"""nonet-tiny on two GPUs, over NCCL: tokens by the equality rule against transformers on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from oracle import reference
+from test_tiny import KINDS
+
+import nonet
+from nonet import LLM, ConfigError, SamplingParams
+from nonet.testing.equality import check_equality
+
+TINY = str(Path(nonet.__file__).parent / "assets" / "nonet-tiny")
+
+
+@pytest.mark.gpus(2)
+@pytest.mark.parametrize("backend", ["allgather_reducescatter", "naive", "all2allv", "off"])
+@pytest.mark.parametrize(("tp", "dp"), [(1, 2), (2, 1)])
+def test_tokens_equal_transformers(tp, dp, backend):
+    settings = {} if backend == "off" else {"enable_expert_parallel": True, "all2all_backend": backend}
+    with LLM(
+        "nonet-tiny", dtype="float32", device="cuda", tensor_parallel_size=tp, data_parallel_size=dp,
+        max_num_batched_tokens=256, max_num_seqs=16, gpu_memory_utilization=0.3, **settings,
+    ) as llm:  # fmt: skip
+        prompts = [text[:400] for texts in KINDS.values() for text in texts[:2]]
+        outs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=64, ignore_eos=True))
+        stats = llm.client.stats()
+        assert all(s.free_blocks == s.num_blocks for s in stats)
+        assert {s.max_step_tokens <= 256 for s in stats} == {True}
+    found = check_equality(reference(TINY), [(o.prompt_token_ids, o.outputs[0].token_ids) for o in outs])
+    print(f"tp {tp} dp {dp} {backend}: {found}")
+
+
+@pytest.mark.gpu
+def test_one_gpu_alone():
+    with LLM("nonet-tiny", dtype="float32", device="cuda", gpu_memory_utilization=0.3) as llm:
+        prompts = [text[:400] for texts in KINDS.values() for text in texts[:2]]
+        outs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=64, ignore_eos=True))
+    check_equality(reference(TINY), [(o.prompt_token_ids, o.outputs[0].token_ids) for o in outs])
+
+
+@pytest.mark.gpus(2)
+def test_shared_memory_is_refused_on_gpus():
+    with pytest.raises(ConfigError, match="moves CPU tensors"):
+        LLM("nonet-tiny", device="cuda", data_parallel_size=2, enable_expert_parallel=True, all2all_backend="shm")
