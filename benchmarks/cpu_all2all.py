@@ -59,9 +59,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9, help="rounds of each backend; medians are taken over them")
     rounds = parser.parse_args().rounds
-    print(
-        f"{RANKS} ranks on {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}"
-    )
+    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    print(f"{RANKS} ranks on {cores} cores, torch {torch.__version__}, load average {load:.1f}")
     print(f"hidden {HIDDEN}, bfloat16, top-{TOP_K}; microseconds for dispatch + combine, median of {rounds} rounds")
     print(f"{'rows a peer':>11}" + "".join(f"{name:>26}" for name in BACKENDS))
     ratio = {}

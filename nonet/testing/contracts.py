@@ -27,7 +27,7 @@ from nonet.eplb.placement import Placement
 from nonet.kernels.linear import pack
 from nonet.moe.all2all import local
 from nonet.moe.base import All2All, All2AllSpec, Dispatched
-from nonet.moe.experts import cpu, grouped, reference
+from nonet.moe.experts import grouped, reference
 from nonet.moe.lookup import Lookup
 from nonet.testing.routing import Imbalanced, Kind, Tokens, tokens
 from nonet.weights.slots import SlotWeights
@@ -68,7 +68,7 @@ def cases(name: str, size: int) -> dict[str, Case]:
     even, uneven = ((6,) * size,), ((7, 0, 3, 1, 5, 0, 2, 9)[:size],)
     last, none = ((*(0,) * (size - 1), 9),), ((0,) * size,)
     several = tuple((count, *(count // 2,) * (size - 1)) for count in (1, 64, 3, 0, 17))
-    replicas = {"num_slots": 3 * size + 1, "num_experts": 2 * size}
+    replicas = Case(even, num_slots=3 * size + 1, num_experts=2 * size)
     out = {
         "even": Case(even),
         "uneven rows": Case(uneven),
@@ -89,12 +89,12 @@ def cases(name: str, size: int) -> dict[str, Case]:
         "zipf": Case(((30,) * size,), routing="skewed"),
         "imbalance": Case(((30,) * size,), routing=Imbalanced(0.5, 2), num_experts=16),
         "scrambled": Case(uneven, scrambled=True),
-        "replicas": Case(even, **replicas),
-        "replicas scrambled": Case(several, scrambled=True, routing="hot_expert", top_k=2, **replicas),
+        "replicas": replicas,
+        "replicas scrambled": replace(replicas, rows=several, scrambled=True, routing="hot_expert"),
         "exact": Case(several, exact=True),
         "exact dropped": Case(uneven, exact=True, routing="dropped", top_k=3),
         "exact repeated": Case(even, exact=True, routing="repeated", top_k=4),
-        "exact bfloat16 replicas": Case(even, exact=True, dtype="bfloat16", scrambled=True, **replicas),
+        "exact bfloat16 replicas": replace(replicas, exact=True, dtype="bfloat16", scrambled=True),
         "exact none": Case(none, exact=True),
     }
     if name == "tensor":  # holds every expert in order, in slices
@@ -146,8 +146,7 @@ class _Layer:
             max_rows=max(1, *map(max, case.rows)),
             exact=case.exact,
         )
-        fast = cpu if world.device.type == "cpu" else grouped
-        self.kernel = reference.create() if case.exact else fast.create()
+        self.kernel = reference.create() if case.exact else grouped.create()
         self.weights = self._own_weights()
         self.home = self.placement.experts_on(0, 0)
         self.source = world.rank  # whose tokens are this rank's own
@@ -254,9 +253,10 @@ class _Layer:
 
     def _alone(self, own: Tokens) -> Tensor:
         """The exact result by the local backend, which moves nothing: all experts in order on one rank."""
+        whole = _packed(self.experts.gate_up, self.experts.down)
         backend = local.create(replace(self.spec, group=self.solo, fleet=Fleet((self.case.num_experts,))))
         sent = backend.dispatch(own.x_TD, own.expert_TK, own.weight_TK, [len(own.x_TD)]).wait()
-        return backend.combine(reference.create()(sent, self.experts, backend.takes), sent).wait()
+        return backend.combine(reference.create()(sent, whole, backend.takes), sent).wait()
 
 
 def dense(given: Tokens, experts: SlotWeights) -> Tensor:
@@ -271,7 +271,7 @@ def dense(given: Tokens, experts: SlotWeights) -> Tensor:
     return out
 
 
-def _packed(gate_up: list[Tensor], down: list[Tensor]) -> SlotWeights:
+def _packed(gate_up: Sequence[Tensor], down: Sequence[Tensor]) -> SlotWeights:
     """Weights as a model holds them."""
     return SlotWeights(tuple(pack(w.contiguous()) for w in gate_up), tuple(pack(w.contiguous()) for w in down))
 

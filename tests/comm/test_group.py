@@ -199,7 +199,7 @@ def test_time_out_names_the_missing_rank(cluster4: Cluster, late, what):
 def absent_from_the_world(world: World) -> tuple[str, tuple[int, ...], float]:
     world.ep.barrier()
     if world.rank == 1:
-        time.sleep(4.0)
+        time.sleep(3.0)
         return "slept", (), 0.0
     return told(world.ep, "all_reduce")
 

@@ -99,7 +99,7 @@ def test_memory_goes_with_its_last_user(cluster2: Cluster):
 
 
 def different_hosts(world: World) -> str:
-    with mock.patch("socket.gethostname", lambda: f"host-{world.rank}"), pytest.raises(CommError) as caught:
+    with mock.patch("socket.gethostname", return_value=f"host-{world.rank}"), pytest.raises(CommError) as caught:
         Windows(world.ep, 64)
     return str(caught.value)
 

@@ -220,6 +220,7 @@ def test_a_slot_an_expert_also_where_that_is_uneven(resolved, slots):
     [
         (21, 4, "num_slots = 21: the model has 22 experts, and each needs a slot"),
         (23, 4, "num_slots = 23: does not divide over 4 ranks; nearest: 24"),
+        (23, 2, "num_slots = 23: does not divide over 2 ranks; nearest: 22"),
         (26, 4, "num_slots = 26: does not divide over 4 ranks; nearest: 24"),
         (27, 4, "num_slots = 27: does not divide over 4 ranks; nearest: 24"),
         (None, 23, "num_slots = 22: each rank needs a slot; use 23, or fewer ranks"),
@@ -264,8 +265,9 @@ def test_blocks_on_gpus_are_counted_later_unless_given(resolved):
     assert resolved(1, kv_cache_memory_bytes=8192 * 5).cache.num_blocks == 5
 
 
-def test_memory_for_less_than_a_block(refused):
+def test_memory_for_less_than_a_block(resolved, refused):
     assert refused(kv_cache_memory_bytes=8191) == "kv_cache_memory_bytes = 8191: one block needs 8192"
+    assert resolved(kv_cache_memory_bytes=8192).cache.num_blocks == 1
 
 
 # -- splitting --------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from nonet import plugins
 from nonet.comm.world import World
 from nonet.eplb.placement import Placement
 from nonet.moe.base import All2All, All2AllSpec, Dispatched, Takes
-from nonet.moe.experts import cpu, reference
+from nonet.moe.experts import grouped, reference
 from nonet.moe.layer import MoeBatch, MoeLayer, chunks
 from nonet.moe.load import LoadCounter
 from nonet.moe.lookup import Lookup
@@ -87,7 +87,7 @@ def build(world: World, name: str, max_rows: int, rule, exact: bool = False) -> 
     placement = Placement.contiguous(1, E, world.size, E + world.size)  # the first experts have replicas
     spec = All2AllSpec(world.ep, placement.fleet, K, D, torch.float32, max_rows, exact)
     watched = Watched(plugins.load("nonet.moe.all2all", name, "all2all_backend").create(spec))
-    kernel = reference.create() if exact else cpu.create()
+    kernel = reference.create() if exact else grouped.create()
 
     def experts(sent: Dispatched, weights: SlotWeights, takes: Takes) -> Tensor:
         watched.note(sent)

@@ -92,12 +92,12 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 SchedulerMachine.TestCase.settings = settings(
-    max_examples=80, stateful_step_count=30, deadline=None, suppress_health_check=RELAXED
+    max_examples=150, stateful_step_count=30, deadline=None, suppress_health_check=RELAXED
 )
 TestSchedulerMachine = SchedulerMachine.TestCase
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=RELAXED)
+@settings(max_examples=300, deadline=None, suppress_health_check=RELAXED)
 @given(
     engine=engines(),
     burst=st.lists(

@@ -30,7 +30,7 @@ class Grouped:
         total = sum(counts)
         buckets = [bucket(count) for count in counts] if sent.x_ND.device.type == "cpu" else counts
         row_M = sent.row_M[:total]
-        over = max(buckets) - 1  # no product reads further past the end
+        over = max(buckets, default=0) - 1  # no product reads further past the end
         x_MD = sent.x_ND.index_select(0, torch.cat([row_M, row_M[:1].expand(over)]) if over > 0 else row_M)
         y_MD = x_MD.new_empty((total, x_MD.shape[1]))
         start = 0
