@@ -104,7 +104,7 @@ def _left(processes: set[int], pooled: set[int], shared: set[str], ports: set[in
     """What is there now and was not before, if this session made it."""
     new = set(psutil.pids()) - processes - pooled
     out = [f"process {pid} ({words})" for pid in new if (words := _ours(pid, pooled))]
-    out += [f"/dev/shm/{name}" for name in set(os.listdir("/dev/shm")) - shared if not _someone_elses(name)]
+    out += [f"/dev/shm/{name}" for name in set(os.listdir("/dev/shm")) - shared if not _someone_elses(name, pooled)]
     return out + [f"listening port {port}" for port in _ports() - ports]
 
 
@@ -122,15 +122,15 @@ def _ours(pid: int, pooled: set[int]) -> str:
         return ""
 
 
-def _someone_elses(name: str) -> bool:
-    """Whether this file of /dev/shm is gone, of a kind that nonet never makes, or held by another session's process."""
+def _someone_elses(name: str, pooled: set[int]) -> bool:
+    """Whether this file of /dev/shm is gone, of a kind that nonet never makes, or held by a pool or another session."""
     path = f"/dev/shm/{name}"
     if name.startswith(("sem.", "__KMP_")) or not os.path.exists(path):  # semaphores, Intel's OpenMP
         return True
     for process in psutil.process_iter():
         try:
             ours = process.pid == os.getpid() or process.environ().get(_MARK) == str(os.getpid())
-            if not ours and path in Path(f"/proc/{process.pid}/maps").read_text():
+            if (not ours or process.pid in pooled) and path in Path(f"/proc/{process.pid}/maps").read_text():
                 return True
         except (psutil.Error, OSError):
             continue

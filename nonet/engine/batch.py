@@ -59,6 +59,7 @@ class BatchBuilder:
         context = max((len(p) for p in places[:num_decode]), default=0)
         decode_BC = np.zeros((num_decode, context), dtype=np.int64)
         for row, place in enumerate(places[:num_decode]):
+            decode_BC[row] = place[0]  # past its end a row reads its own first place, never another sequence's
             decode_BC[row, : len(place)] = place
         lengths = starts[:num_decode] + 1
         first = np.cumsum(counts) - counts

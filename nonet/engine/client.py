@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+import logging
 import os
 import threading
 import uuid
@@ -28,6 +29,7 @@ from nonet.errors import CapacityError, CommTimeout, EngineDeadError, NonetError
 from nonet.launch.local import Node
 
 Sink = Callable[[m.Chunk | NonetError], None]
+log = logging.getLogger("nonet")
 _POLL_MS = 200
 _STOP_S = 5.0
 _FAILED_GRACE_S = 1.0  # a failing rank's own words may arrive after the news of its end
@@ -114,7 +116,7 @@ class Client:
                 ids = [request_id for request_id, entry in here.items() if entry.dp_rank == dp_rank]
                 self._send(dp_rank * self.config.parallel.tensor_parallel_size, m.Abort(ids))
         for request_id, entry in here.items():
-            entry.sink(m.Chunk(request_id, [], finish_reason="abort"))
+            entry.give(m.Chunk(request_id, [], finish_reason="abort"))
 
     def stats(self, reset_load: bool = False, timeout_s: float = 30.0) -> list[m.Stats]:
         """Every rank's counters, in rank order. Raises EngineDeadError or CommTimeout."""
@@ -201,7 +203,7 @@ class Client:
                 with self._lock:
                     refused = self._forget(message.request_id)
                 if refused is not None:
-                    refused.sink(error)
+                    refused.give(error)
             case m.Failed():
                 self._fail(_rebuild(message))
             case m.Ready():
@@ -225,7 +227,7 @@ class Client:
             self._pending[entry.dp_rank] -= came
             if chunk.finish_reason is not None:
                 self._forget(chunk.request_id)
-        entry.sink(chunk)
+        entry.give(chunk)
 
     def _watch(self) -> None:
         """Thread: hear from the supervisor until it ends."""
@@ -249,7 +251,7 @@ class Client:
             self._open.clear()
             self._changed.notify_all()
         for entry in entries:
-            entry.sink(error)
+            entry.give(error)
 
     def close(self) -> None:
         """End all ranks; open sequences get an error. Returns when every process is gone."""
@@ -283,6 +285,13 @@ class _Open:
 
     def __init__(self, sink: Sink, dp_rank: int, pending: int, prompt: int) -> None:
         self.sink, self.dp_rank, self.pending, self.prompt = sink, dp_rank, pending, prompt
+
+    def give(self, item: m.Chunk | NonetError) -> None:
+        """Hand over; a receiver that is gone (its event loop closed) must not stop those that are there."""
+        try:
+            self.sink(item)
+        except RuntimeError as error:
+            log.warning("nobody takes what came for a request: %s", error)
 
 
 def _rebuild(failed: m.Failed) -> NonetError:

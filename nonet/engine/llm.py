@@ -39,13 +39,15 @@ class _Front:
             tokens = self.tokenizer.encode(prompt)
         else:
             tokens = list(prompt["prompt_token_ids"] if isinstance(prompt, dict) else prompt)
+        if request_id is not None and (not isinstance(request_id, str) or "#" in request_id):
+            raise RequestError("request_id", request_id, "use text without '#'")
         limit = self.config.model.max_model_len or 0
         if not tokens:
             raise RequestError("prompt", prompt, "must hold at least one token")
         if len(tokens) >= limit:
             raise RequestError("prompt", f"{len(tokens)} tokens", f"must be shorter than max_model_len ({limit})")
         vocabulary = self.client.spec.vocab_size
-        bad = next((t for t in tokens if not isinstance(t, int) or not 0 <= t < vocabulary), None)
+        bad = next((t for t in tokens if type(t) is not int or not 0 <= t < vocabulary), None)
         if bad is not None:
             raise RequestError("prompt_token_ids", bad, f"token ids are 0 to {vocabulary - 1}")
         return RequestState(request_id or f"request-{next(self._ids)}", text, tokens, params, self.tokenizer)

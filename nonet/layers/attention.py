@@ -65,6 +65,9 @@ class Attention:
         if f"{prefix}.q_proj.bias" in checkpoint:
             self.bias = torch.cat([checkpoint.read(f"{prefix}.{n}_proj.bias", rows=rows) for n, rows in parts])
         self.out = pack(checkpoint.read(f"{prefix}.o_proj.weight", columns=q_rows))
+        self.out_bias = None
+        if heads[0] == 0 and f"{prefix}.o_proj.bias" in checkpoint:  # on one rank: the parts are summed
+            self.out_bias = checkpoint.read(f"{prefix}.o_proj.bias")
         self.norm_eps = norm_eps
         if norm_eps is not None:
             q, k = (checkpoint.expect(f"{prefix}.{n}_norm.weight", (head_dim,)) for n in ("q", "k"))
@@ -80,7 +83,7 @@ class Attention:
         cache[0].index_copy_(0, batch.place_T, qk[:, H:])
         cache[1].index_copy_(0, batch.place_T, v_Thd)
         y_THd = attend(qk[:, :H], cache, batch)
-        return linear(y_THd.reshape(T, H * self.head_dim), self.out)
+        return linear(y_THd.reshape(T, H * self.head_dim), self.out, self.out_bias)
 
 
 def attend(q_THd: Tensor, cache: KvCache, batch: AttentionBatch) -> Tensor:

@@ -33,7 +33,7 @@ from nonet.testing.routing import Imbalanced, Kind, Tokens, tokens
 from nonet.weights.slots import SlotWeights
 
 ONCE_A_RANK = frozenset({"all2allv", "shm"})  # these send a token only where it is needed; the others show all rows
-_TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}  # of the largest value
+_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}  # of the largest value
 _WILD = 2**40  # an index that no one may use
 
 

@@ -37,9 +37,9 @@ def folder(name: str) -> str:
     common: dict[str, object] = dict(max_position_embeddings=512, initializer_range=0.2, rope_theta=10000.0)
     config = Qwen3MoeConfig(**{**common, **MODELS[name]}, eos_token_id=None, bos_token_id=None)
     model = Qwen3MoeForCausalLM(config).float()
-    with torch.no_grad():  # norms of ones would hide a norm that is not applied
+    with torch.no_grad():  # norms of ones and biases of zero would hide that they are not applied
         for parameter_name, parameter in model.named_parameters():
-            if "norm" in parameter_name:
+            if "norm" in parameter_name or "bias" in parameter_name:
                 parameter.uniform_(0.5, 1.5)
     path = Path(_scratch().name) / name
     model.save_pretrained(path)

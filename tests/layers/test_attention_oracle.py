@@ -132,7 +132,6 @@ def test_the_parts_of_the_ranks_add_up(tmp_path, shape, tp):
     torch.testing.assert_close(total, wanted, **CLOSE)
 
 
-@pytest.mark.xfail(strict=True, reason="the bias of o_proj is not read")
 @pytest.mark.parametrize("tp", [1, 2])
 def test_biases_of_all_four_projections(tmp_path, tp):
     cfg, files, x_TD, wanted = case(tmp_path, attention_bias=True)
