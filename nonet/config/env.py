@@ -53,6 +53,10 @@ def rank_environment(config: EngineConfig, environ: Mapping[str, str] = os.envir
         # keep freed memory: a step allocates the same sizes again, and fresh pages cost more than the arithmetic
         "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
         "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
+        # large pages for the weights, where the system lends them
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+        # a thread that waits for another spins briefly, then sleeps: the cores are shared with the front end
+        "GOMP_SPINCOUNT": "20000",
     }
     kept = {name: value for name, value in wanted.items() if name not in environ}
     return {**kept, "OMP_NUM_THREADS": str(config.runtime.threads_per_rank)}
