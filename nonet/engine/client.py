@@ -6,6 +6,7 @@ open sequence gets an error that names it. Knows no text and no tensors.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import itertools
 import logging
@@ -157,7 +158,8 @@ class Client:
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _send(self, rank: int, message: m.ToRank) -> None:
-        self._to_rank[rank].send(msgspec.msgpack.encode(message))
+        with contextlib.suppress(zmq.Again):  # the rank is gone: the supervisor's news will end what is open
+            self._to_rank[rank].send(msgspec.msgpack.encode(message), zmq.NOBLOCK)
 
     def _check_alive(self) -> None:
         if self._error is not None:
