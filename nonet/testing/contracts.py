@@ -24,7 +24,6 @@ from nonet.comm.group import Group
 from nonet.comm.world import World
 from nonet.config.fleet import Fleet, split_evenly
 from nonet.eplb.placement import Placement
-from nonet.kernels.linear import pack
 from nonet.moe.all2all import local
 from nonet.moe.base import All2All, All2AllSpec, Dispatched
 from nonet.moe.experts import grouped, reference
@@ -178,12 +177,12 @@ class _Layer:
         whole, rank = self.experts, self.group.rank
         if self.name != "tensor":
             own = self.placement.experts_on(rank, 0)
-            return _packed([whole.gate_up[e] for e in own], [whole.down[e] for e in own])
+            return _stack([whole.gate_up[e] for e in own], [whole.down[e] for e in own])
         widths = split_evenly(self.case.intermediate, self.group.size)
         first = sum(widths[:rank])
         span = slice(first, first + widths[rank])
         gate_up = [torch.cat([half[span] for half in both.chunk(2)]) for both in whole.gate_up]
-        return _packed(gate_up, [down[:, span] for down in whole.down])
+        return _stack(gate_up, [down[:, span] for down in whole.down])
 
     def one_pass(self, backend: All2All, number: int, rows: Sequence[int]) -> Tensor:
         """Dispatch, compute and combine one batch, checking each stage."""
@@ -253,7 +252,7 @@ class _Layer:
 
     def _alone(self, own: Tokens) -> Tensor:
         """The exact result by the local backend, which moves nothing: all experts in order on one rank."""
-        whole = _packed(self.experts.gate_up, self.experts.down)
+        whole = _stack(self.experts.gate_up, self.experts.down)
         backend = local.create(replace(self.spec, group=self.solo, fleet=Fleet((self.case.num_experts,))))
         sent = backend.dispatch(own.x_TD, own.expert_TK, own.weight_TK, [len(own.x_TD)]).wait()
         return backend.combine(reference.create()(sent, whole, backend.takes), sent).wait()
@@ -271,9 +270,9 @@ def dense(given: Tokens, experts: SlotWeights) -> Tensor:
     return out
 
 
-def _packed(gate_up: Sequence[Tensor], down: Sequence[Tensor]) -> SlotWeights:
-    """Weights as a model holds them."""
-    return SlotWeights(tuple(pack(w.contiguous()) for w in gate_up), tuple(pack(w.contiguous()) for w in down))
+def _stack(gate_up: Sequence[Tensor], down: Sequence[Tensor]) -> SlotWeights:
+    """Slots that adjoin in memory, as a model holds them; a rank without slots has nothing to stack."""
+    return SlotWeights.adjoining(torch.stack(list(gate_up)), torch.stack(list(down))) if down else SlotWeights((), ())
 
 
 def _poison(sent: Dispatched) -> Dispatched:

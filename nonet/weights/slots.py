@@ -23,11 +23,18 @@ Names = Callable[[int], tuple[str, str, str]]  # expert -> names of its gate, up
 class SlotWeights:
     """The weights in this rank's slots of one layer; a slot is an address, so slots need not adjoin.
 
-    gate_up[s] is [2I, D] (gate above up), down[s] is [D, I], each in the form of `kernels.linear.pack`.
+    gate_up[s] is [2I, D] (gate above up), down[s] is [D, I], each as `kernels.linear.pack` makes it.
     """
 
     gate_up: tuple[Tensor, ...]
     down: tuple[Tensor, ...]
+    stacked: tuple[Tensor, Tensor] | None = None  # the same, plain, as [S, 2I, D] and [S, D, I], where slots adjoin
+
+    @classmethod
+    def adjoining(cls, gate_up_SID: Tensor, down_SDI: Tensor) -> SlotWeights:
+        """Slots that are consecutive parts of two tensors. Where packing makes copies, both forms are kept."""
+        gate_up, down = (tuple(pack(w) for w in stack.unbind()) for stack in (gate_up_SID, down_SDI))
+        return cls(gate_up, down, (gate_up_SID, down_SDI))
 
 
 def fill_slots(checkpoint: Checkpoint, names: Names, experts: Sequence[int], span: Range) -> SlotWeights:
@@ -35,15 +42,17 @@ def fill_slots(checkpoint: Checkpoint, names: Names, experts: Sequence[int], spa
 
     Raises ModelError if a tensor is missing or an expert's three do not fit together.
     """
-    gate_up, down = [], []
-    hidden: int | None = None
-    for expert in experts:
+    width = span[1] - span[0]
+    stacks: tuple[Tensor, Tensor] | None = None
+    for slot, expert in enumerate(experts):
         own = names(expert)
         gate, up = (checkpoint.read(name, rows=span) for name in own[:2])
         back = checkpoint.read(own[2], columns=span)
-        hidden = hidden or gate.shape[1]
-        if {gate.shape[1], up.shape[1], back.shape[0]} != {hidden}:
+        if stacks is None:
+            hidden = gate.shape[1]
+            stacks = back.new_empty((len(experts), 2 * width, hidden)), back.new_empty((len(experts), hidden, width))
+        if {gate.shape[1], up.shape[1], back.shape[0]} != {stacks[0].shape[2]}:
             raise ModelError(f"{checkpoint.folder}: {', '.join(own)} have shapes that do not fit together")
-        gate_up.append(pack(torch.cat([gate, up])))
-        down.append(pack(back))
-    return SlotWeights(tuple(gate_up), tuple(down))
+        torch.cat([gate, up], out=stacks[0][slot])
+        stacks[1][slot] = back
+    return SlotWeights((), ()) if stacks is None else SlotWeights.adjoining(*stacks)

@@ -24,7 +24,14 @@ def weights(num_slots: int, device: str, dtype: torch.dtype = torch.float32) -> 
     def draw(*shape: int) -> tuple[Tensor, ...]:
         return tuple((torch.randn(shape, generator=generator) / 3).to(device, dtype) for _ in range(num_slots))
 
-    return SlotWeights(draw(2 * WIDTH, D), draw(D, WIDTH))
+    return SlotWeights.adjoining(torch.stack(draw(2 * WIDTH, D)), torch.stack(draw(D, WIDTH)))
+
+
+def apart(own: SlotWeights) -> SlotWeights:
+    """The same slots at addresses that do not adjoin."""
+    assert own.stacked is not None
+    gate_up, down = own.stacked
+    return SlotWeights(tuple(pack(w.clone()) for w in gate_up), tuple(pack(w.clone()) for w in down))
 
 
 def sent(slots: list[list[int]], num_slots: int, device: str, dtype: torch.dtype = torch.float32) -> Dispatched:
@@ -38,8 +45,9 @@ def sent(slots: list[list[int]], num_slots: int, device: str, dtype: torch.dtype
 
 def expert(x_D: Tensor, own: SlotWeights, slot: int) -> Tensor:
     """The formula, in float64: down(silu(gate(x)) * up(x))."""
-    gate, up = (own.gate_up[slot].double() @ x_D.double()).chunk(2)
-    return own.down[slot].double() @ (F.silu(gate) * up)
+    assert own.stacked is not None
+    gate, up = (own.stacked[0][slot].double() @ x_D.double()).chunk(2)
+    return own.stacked[1][slot].double() @ (F.silu(gate) * up)
 
 
 LOADS = {
@@ -54,14 +62,15 @@ LOADS = {
 }
 
 
+@pytest.mark.parametrize("adjoin", [True, False])
 @pytest.mark.parametrize("load", LOADS)
 @pytest.mark.parametrize("takes", ["pairs", "rows"])
 @pytest.mark.parametrize(("name", "device"), EACH)
-def test_kernel_against_the_formula(name, device, takes, load):
+def test_kernel_against_the_formula(name, device, takes, load, adjoin):
     slots = LOADS[load]
     own, given = weights(4, device), sent(slots, 4, device)
     kernel = plugins.load("nonet.moe.experts", name, "expert_backend").create()
-    y = kernel(given, own, takes)
+    y = kernel(given, own if adjoin else apart(own), takes)
     pair_NK = given.pair_NK.tolist()
     assert y.dtype == torch.float32
     if takes == "rows":
@@ -76,12 +85,13 @@ def test_kernel_against_the_formula(name, device, takes, load):
             torch.testing.assert_close(y[row].double(), want.double(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("adjoin", [True, False])
 @pytest.mark.parametrize(("name", "device"), EACH)
-def test_kernel_in_bfloat16(name, device):
+def test_kernel_in_bfloat16(name, device, adjoin):
     slots = [[i % 4, (i + 1) % 4] for i in range(40)]
     own, given = weights(4, device, torch.bfloat16), sent(slots, 4, device, torch.bfloat16)
-    packed = SlotWeights(tuple(map(pack, own.gate_up)), tuple(map(pack, own.down)))
-    y_ND = plugins.load("nonet.moe.experts", name, "expert_backend").create()(given, packed, "rows")
+    kernel = plugins.load("nonet.moe.experts", name, "expert_backend").create()
+    y_ND = kernel(given, own if adjoin else apart(own), "rows")
     assert y_ND.dtype == torch.bfloat16
     for row, pairs in enumerate(given.pair_NK.tolist()):
         want = sum(

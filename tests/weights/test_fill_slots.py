@@ -93,3 +93,10 @@ def test_a_narrow_expert_is_a_model_error(tensors, tmp_path, name):
 def test_an_expert_that_is_not_there_is_a_model_error(checkpoint):
     with pytest.raises(ModelError, match=r"tensor '9\.gate' is missing"):
         fill_slots(checkpoint, names, [9], (0, WIDTH))
+
+
+def test_slots_that_adjoin_share_their_memory_with_the_stack(checkpoint):
+    slots = fill_slots(checkpoint, names, [3, 0], (0, WIDTH))
+    assert slots.stacked is not None
+    for stack, views in zip(slots.stacked, (slots.gate_up, slots.down), strict=True):
+        assert [view.data_ptr() for view in views] == [part.data_ptr() for part in stack]
