@@ -167,7 +167,10 @@ class Group:
     def barrier(self) -> None:
         """Wait until every rank is here; for start-up, not for steps."""
         if self.size > 1:
-            self._start("barrier", dist.all_reduce, torch.zeros(1, device=self.device))()
+            here = torch.ones(1, device=self.device)
+            self._start("barrier", dist.all_reduce, here)()
+            # over NCCL the wait above only orders the stream; reading the sum holds the host until it is there
+            assert here.item() == self.size, "every rank adds one"
 
 
 def _pad(x: Tensor, rows: int) -> Tensor:

@@ -67,8 +67,8 @@ def _looped(sent: Dispatched, weights: SlotWeights, counts: list[int], rows_for:
     """A product for each slot with rows. Of the next slots' rows it may take a few too, which are dropped."""
     total = sum(counts)
     row_M = sent.row_M[:total]
-    over = max(map(rows_for, counts), default=0) - 1  # no product reads further past the end
-    x_MD = sent.x_ND.index_select(0, torch.cat([row_M, row_M[:1].expand(over)]) if over > 0 else row_M)
+    over = max((rows_for(count) - count for count in counts), default=0)  # no product reads further past the end
+    x_MD = sent.x_ND.index_select(0, torch.cat([row_M, row_M[:1].expand(over)]) if over else row_M)
     y_MD = x_MD.new_empty((total, x_MD.shape[1]))
     start = 0
     for slot, count in enumerate(counts):
@@ -81,7 +81,7 @@ def _looped(sent: Dispatched, weights: SlotWeights, counts: list[int], rows_for:
 
 
 def bucket(count: int) -> int:
-    """The count rounded up to one of four sizes an octave: at most a fifth more, and few shapes."""
+    """The count rounded up to one of four sizes an octave: at most a quarter more, and few shapes."""
     step = 1 << max(0, count.bit_length() - 3)
     return -(-count // step) * step
 
