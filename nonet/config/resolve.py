@@ -164,6 +164,8 @@ def block_bytes(config: EngineConfig, spec: ModelSpec) -> int:
 def _cache(config: EngineConfig, spec: ModelSpec) -> CacheConfig:
     """On CPUs the number of blocks is settled here; on GPUs a rank settles it once the weights are loaded."""
     cache = config.cache
+    if cache.num_blocks is not None and cache.kv_cache_memory_bytes is not None:
+        raise ConfigError("num_blocks", cache.num_blocks, "kv_cache_memory_bytes is given too; give one of the two")
     if cache.num_blocks is not None:
         return cache
     if config.parallel.device == "cuda" and cache.kv_cache_memory_bytes is None:
@@ -172,4 +174,4 @@ def _cache(config: EngineConfig, spec: ModelSpec) -> CacheConfig:
     size = block_bytes(config, spec)
     if memory < size:
         raise ConfigError("kv_cache_memory_bytes", memory, f"one block needs {size}")
-    return cache.model_copy(update={"num_blocks": memory // size})
+    return cache.model_copy(update={"num_blocks": memory // size, "kv_cache_memory_bytes": None})

@@ -268,6 +268,8 @@ def test_blocks_on_gpus_are_counted_later_unless_given(resolved):
 def test_memory_for_less_than_a_block(resolved, refused):
     assert refused(kv_cache_memory_bytes=8191) == "kv_cache_memory_bytes = 8191: one block needs 8192"
     assert resolved(kv_cache_memory_bytes=8192).cache.num_blocks == 1
+    both = refused(kv_cache_memory_bytes=8192, num_blocks=3)
+    assert both == "num_blocks = 3: kv_cache_memory_bytes is given too; give one of the two"
 
 
 # -- splitting --------------------------------------------------------------------------------------------------------
