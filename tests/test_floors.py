@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent / PACKAGE
 FLOORS: list[set[str]] = [
     {"__main__"},
     {"cli"},
-    {"server"},
+    {"server", "bench"},
     {"__init__"},  # the public names
     {"engine", "testing"},
     {"models"},

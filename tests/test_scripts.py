@@ -82,6 +82,7 @@ def test_what_is_missing_is_added(checkout):
     code, _, log = checkout.run("check")
     assert code == 0
     assert log == [
+        f"bin/python -m pip install --requirement {{root}}/requirements/server.txt {COMMON}",
         f"bin/python -m pip install --requirement {{root}}/requirements/dev.txt {COMMON}",
         "bin/python -m ruff check .",
         "bin/python -m mypy",
@@ -170,9 +171,9 @@ def test_what_pytest_is_asked(checkout, arguments, expected):
 
 
 def test_every_requirement_is_pinned():
-    for name in ("core.txt", "dev.txt", "pins.txt"):
+    for name in ("core.txt", "server.txt", "dev.txt", "pins.txt"):
         assert [line for line in pinned(name) if line.count("==") != 1 or "*" in line] == []
-    names = [line.partition("==")[0].lower() for name in ("core.txt", "dev.txt", "pins.txt") for line in pinned(name)]
+    names = [line.partition("==")[0].lower() for name in ("core.txt", "server.txt", "dev.txt", "pins.txt") for line in pinned(name)]
     assert len(names) == len(set(names)), "a package is pinned twice"
 
 
@@ -182,6 +183,6 @@ def test_this_environment_has_the_pinned_versions():
         pytest.skip("not the environment that the scripts make")
     from importlib.metadata import version
 
-    wrong = [line for line in [*pinned("core.txt"), *pinned("dev.txt")]
+    wrong = [line for line in [*pinned("core.txt"), *pinned("server.txt"), *pinned("dev.txt")]
              if version(line.partition("==")[0]).partition("+")[0] != line.partition("==")[2]]  # fmt: skip
     assert wrong == []

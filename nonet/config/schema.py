@@ -105,6 +105,21 @@ class RuntimeConfig(Section):
     )
 
 
+class ServerConfig(Section):
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 is every one of this host.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on. 0: one that is free.")
+    api_server_count: int = Field(1, ge=1, description="Processes that answer HTTP, all on one port.")
+    served_model_name: list[str] | None = Field(
+        None, description="Names under which clients may ask for the model; the first is reported. Default: as given."
+    )
+    api_key: list[str] | None = Field(None, description="Clients must send one of these as a bearer token.")
+    chat_template: str | None = Field(None, description="File with a Jinja chat template. Default: the tokenizer's.")
+    max_request_bytes: int = Field(8 << 20, ge=1, description="Largest body of a request; more is refused with 413.")
+    shutdown_timeout_s: float = Field(
+        30.0, ge=0, description="On SIGTERM open requests may go on this long; then they are aborted."
+    )
+
+
 class EngineConfig(Section):
     """All of it."""
 
@@ -114,6 +129,7 @@ class EngineConfig(Section):
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="What one step may hold.")
     moe: MoeConfig = Field(default_factory=MoeConfig, description="Experts: where they live, how tokens reach them.")
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig, description="Time limits and threads.")
+    server: ServerConfig = Field(default_factory=ServerConfig, description="The HTTP server; unused by scripts.")
 
     @property
     def world_size(self) -> int:
