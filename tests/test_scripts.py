@@ -171,9 +171,10 @@ def test_what_pytest_is_asked(checkout, arguments, expected):
 
 
 def test_every_requirement_is_pinned():
-    for name in ("core.txt", "server.txt", "dev.txt", "pins.txt"):
+    files = ("core.txt", "server.txt", "dev.txt", "pins.txt")
+    for name in files:
         assert [line for line in pinned(name) if line.count("==") != 1 or "*" in line] == []
-    names = [line.partition("==")[0].lower() for name in ("core.txt", "server.txt", "dev.txt", "pins.txt") for line in pinned(name)]
+    names = [line.partition("==")[0].lower() for name in files for line in pinned(name)]
     assert len(names) == len(set(names)), "a package is pinned twice"
 
 
