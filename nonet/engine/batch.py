@@ -61,7 +61,6 @@ class BatchBuilder:
         for row, place in enumerate(places[:num_decode]):
             decode_BC[row] = place[0]  # past its end a row reads its own first place, never another sequence's
             decode_BC[row, : len(place)] = place
-        lengths = starts[:num_decode] + 1
         first = np.cumsum(counts) - counts
         position_T = np.repeat(starts - first, counts) + np.arange(len(step.tokens))
         own = [place[s:] for place, s in zip(places, starts, strict=True)]
@@ -69,7 +68,7 @@ class BatchBuilder:
             place_T=self._tensor(np.concatenate(own) if own else np.zeros(0, dtype=np.int64)),
             num_decode=num_decode,
             decode_place_BC=self._tensor(decode_BC),
-            decode_mask_B11C=self._tensor(np.arange(context) < lengths[:, None])[:, None, None, :],
+            decode_length_B=self._tensor(starts[:num_decode] + 1),
             prefills=tuple(
                 Prefill(int(first[i]), int(counts[i]), self._tensor(places[i])) for i in range(num_decode, len(places))
             ),
@@ -94,7 +93,7 @@ class BatchBuilder:
                 place_T=place_D,
                 num_decode=D,
                 decode_place_BC=place_D.unsqueeze(1),
-                decode_mask_B11C=torch.ones((D, 1, 1, 1), dtype=torch.bool, device=self.device),
+                decode_length_B=torch.ones(D, dtype=torch.int64, device=self.device),
                 prefills=(),
             ),
             tp_rows=split_evenly(D, self.tp_size),

@@ -1,6 +1,7 @@
 """Grouped-query attention over the paged KV cache, heads split over the tensor-parallel ranks.
 
-The part that reads the cache is `attend`, plain PyTorch: the reference, and the path on CPUs.
+`place_qkv` writes the cache, `attend` reads it. Both are plain PyTorch, the reference; on CPUs compiled kernels do the
+same in one pass over the rows, but for prompts, which are PyTorch's everywhere.
 Legend: T tokens, H query heads, h KV heads, d head_dim, D hidden, B decoding sequences, C longest context.
 """
 
@@ -12,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nonet.kernels import cpu
 from nonet.kernels.linear import linear, pack
-from nonet.layers.norm import rms_norm
+from nonet.layers.norm import rms_norm_reference
 from nonet.layers.rope import rotate
 from nonet.weights.loader import Checkpoint
 
@@ -36,7 +38,7 @@ class AttentionBatch:
     place_T: Tensor  # int64 cache place of each new token
     num_decode: int
     decode_place_BC: Tensor  # int64
-    decode_mask_B11C: Tensor  # bool: True where there is context
+    decode_length_B: Tensor  # int64: context of each, its own token included; past it places are valid but not its own
     prefills: tuple[Prefill, ...]
 
 
@@ -68,39 +70,70 @@ class Attention:
         self.out_bias = None
         if heads[0] == 0 and f"{prefix}.o_proj.bias" in checkpoint:  # on one rank: the parts are summed
             self.out_bias = checkpoint.read(f"{prefix}.o_proj.bias")
-        self.norm_eps = norm_eps
+        self.qk_norm: tuple[Tensor, float] | None = None
         if norm_eps is not None:
             q, k = (checkpoint.expect(f"{prefix}.{n}_norm.weight", (head_dim,)) for n in ("q", "k"))
-            self.qk_norm = torch.cat([q.expand(self.num_heads, -1), k.expand(self.num_kv_heads, -1)])
+            self.qk_norm = torch.cat([q.expand(self.num_heads, -1), k.expand(self.num_kv_heads, -1)]), norm_eps
 
     def forward(self, x_TD: Tensor, cos_sin: tuple[Tensor, Tensor], cache: KvCache, batch: AttentionBatch) -> Tensor:
         T, H, h = x_TD.shape[0], self.num_heads, self.num_kv_heads
         qkv = linear(x_TD, self.qkv, self.bias).view(T, H + 2 * h, self.head_dim)
-        qk, v_Thd = qkv[:, : H + h], qkv[:, H + h :]
-        if self.norm_eps is not None:
-            qk = rms_norm(qk, self.qk_norm, self.norm_eps)
-        qk = rotate(qk, *cos_sin)
-        cache[0].index_copy_(0, batch.place_T, qk[:, H:])
-        cache[1].index_copy_(0, batch.place_T, v_Thd)
-        y_THd = attend(qk[:, :H], cache, batch)
+        if cpu.handles(qkv):
+            from nonet.kernels.cpu import attention
+
+            q_THd = attention.place_qkv(qkv, self.qk_norm, cos_sin, cache, batch.place_T, H)
+        else:
+            q_THd = place_qkv(qkv, self.qk_norm, cos_sin, cache, batch.place_T, H)
+        y_THd = attend(q_THd, cache, batch)
         return linear(y_THd.reshape(T, H * self.head_dim), self.out, self.out_bias)
+
+
+def place_qkv(
+    qkv: Tensor,
+    norm: tuple[Tensor, float] | None,
+    cos_sin: tuple[Tensor, Tensor],
+    cache: KvCache,
+    place_T: Tensor,
+    num_heads: int,
+) -> Tensor:
+    """q [T, H, d], normed and rotated, of qkv [T, H + 2h, d]; k, also so, and v go to their places in the cache.
+
+    `norm` is (weights [H + h, d], epsilon); cos and sin are [T, 1, d].
+    """
+    h = cache[0].shape[1]
+    qk, v_Thd = qkv[:, :-h], qkv[:, -h:]
+    if norm is not None:
+        qk = rms_norm_reference(qk, *norm)
+    qk = rotate(qk, *cos_sin)
+    cache[0].index_copy_(0, place_T, qk[:, num_heads:])
+    cache[1].index_copy_(0, place_T, v_Thd)
+    return qk[:, :num_heads]
 
 
 def attend(q_THd: Tensor, cache: KvCache, batch: AttentionBatch) -> Tensor:
     """[T, H, d]: each token attends to its sequence up to itself."""
-    T, H, d = q_THd.shape
-    h = cache[0].shape[1]
     out = torch.empty_like(q_THd, memory_format=torch.contiguous_format)
     B = batch.num_decode
-    if B:
-        place = batch.decode_place_BC.view(-1)
-        k, v = (part.index_select(0, place).view(B, -1, h, d).transpose(1, 2) for part in cache)  # [B, h, C, d]
-        q = q_THd[:B].reshape(B, h, H // h, d)  # the heads of a group attend alike: they stand as its queries
-        out[:B] = F.scaled_dot_product_attention(q, k, v, attn_mask=batch.decode_mask_B11C).reshape(B, H, d)
+    if B and cpu.handles(q_THd):
+        from nonet.kernels.cpu import attention
+
+        attention.decode(q_THd[:B], cache, batch.decode_place_BC, batch.decode_length_B, out[:B])
+    elif B:
+        out[:B] = decode(q_THd[:B], cache, batch.decode_place_BC, batch.decode_length_B)
     for part in batch.prefills:
         rows = slice(part.first, part.first + part.count)
         out[rows] = _attend_one(q_THd[rows], cache, part)
     return out
+
+
+def decode(q_BHd: Tensor, cache: KvCache, place_BC: Tensor, length_B: Tensor) -> Tensor:
+    """[B, H, d]: each sequence's one token attends to its context."""
+    B, H, d = q_BHd.shape
+    h, C = cache[0].shape[1], place_BC.shape[1]
+    k, v = (part.index_select(0, place_BC.view(-1)).view(B, C, h, d).transpose(1, 2) for part in cache)
+    q = q_BHd.reshape(B, h, H // h, d)  # the heads of a group attend alike: they stand as its queries
+    mask_BC = torch.arange(C, device=q.device) < length_B.unsqueeze(1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_BC[:, None, None, :]).reshape(B, H, d)
 
 
 def _attend_one(q_THd: Tensor, cache: KvCache, part: Prefill) -> Tensor:

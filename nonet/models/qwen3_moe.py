@@ -16,7 +16,7 @@ from nonet.kernels.linear import linear, pack
 from nonet.layers.attention import Attention, KvCache
 from nonet.layers.embedding import Vocabulary
 from nonet.layers.mlp import DenseMlp, span_of
-from nonet.layers.norm import rms_norm
+from nonet.layers.norm import add_rms_norm, rms_norm
 from nonet.layers.rope import Rope
 from nonet.models.base import Batch, Parts, heads_of
 from nonet.moe.layer import MoeLayer
@@ -81,8 +81,8 @@ class Layer:
         h_TD = self.tp.all_gather_rows(rms_norm(x_tD, self.attention_norm, self.eps), batch.tp_rows).wait()
         if h_TD.shape[0]:
             h_TD = self.attention.forward(h_TD, cos_sin, cache, batch.attention)
-        x_tD = x_tD + self.tp.reduce_scatter_rows(h_TD, batch.tp_rows).wait()
-        h_tD = rms_norm(x_tD, self.mlp_norm, self.eps)
+        h_tD = self.tp.reduce_scatter_rows(h_TD, batch.tp_rows).wait()
+        x_tD, h_tD = add_rms_norm(x_tD, h_tD, self.mlp_norm, self.eps)
         if self.moe is not None:
             return x_tD + self.moe.forward(h_tD, batch.moe)
         assert self.dense is not None

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nonet.comm.group import Group, Pending
 from nonet.config.fleet import Fleet
+from nonet.kernels import cpu
 from nonet.weights.slots import SlotWeights
 
 Takes = Literal["pairs", "rows"]
@@ -96,6 +97,17 @@ class All2AllSpec:
 
 def group_by_slot(x_ND: Tensor, slot_NK: Tensor, weight_NK: Tensor, num_slots: int, ticket: object) -> Dispatched:
     """Sort the pairs of received rows by slot. This rank's slots are 0..S-1; whatever lies outside is elsewhere."""
+    if cpu.handles(weight_NK):
+        from nonet.kernels.cpu import routing
+
+        return Dispatched(x_ND, *routing.group(slot_NK, weight_NK, 0, num_slots), ticket)
+    return group_by_slot_reference(x_ND, slot_NK, weight_NK, num_slots, ticket)
+
+
+def group_by_slot_reference(
+    x_ND: Tensor, slot_NK: Tensor, weight_NK: Tensor, num_slots: int, ticket: object
+) -> Dispatched:
+    """The specification of `group_by_slot`."""
     N, K = slot_NK.shape
     flat = slot_NK.reshape(-1)
     key = torch.where((flat >= 0) & (flat < num_slots), flat, num_slots)

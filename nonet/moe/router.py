@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from nonet.kernels import cpu
+
 Choice = tuple[Tensor, Tensor]  # expert_TK int64, weight_TK float32
 Rule = Callable[[Tensor], Choice]  # from logits_TE
 
@@ -18,9 +20,18 @@ def softmax_topk(top_k: int, renormalise: bool) -> Rule:
     """Softmax over all experts in float32, the K largest, renormalised if asked (Qwen3-MoE, Mixtral)."""
 
     def rule(logits_TE: Tensor) -> Choice:
-        weight_TK, expert_TK = torch.topk(torch.softmax(logits_TE.float(), dim=-1), top_k, dim=-1)
-        if renormalise:
-            weight_TK = weight_TK / weight_TK.sum(dim=-1, keepdim=True)
-        return expert_TK, weight_TK
+        if cpu.handles(logits_TE):
+            from nonet.kernels.cpu import routing
+
+            return routing.softmax_topk(logits_TE, top_k, renormalise)
+        return softmax_topk_reference(logits_TE, top_k, renormalise)
 
     return rule
+
+
+def softmax_topk_reference(logits_TE: Tensor, top_k: int, renormalise: bool) -> Choice:
+    """The specification of the rule above."""
+    weight_TK, expert_TK = torch.topk(torch.softmax(logits_TE.float(), dim=-1), top_k, dim=-1)
+    if renormalise:
+        weight_TK = weight_TK / weight_TK.sum(dim=-1, keepdim=True)
+    return expert_TK, weight_TK

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from nonet.errors import ModelError
-from nonet.kernels.linear import pack
 from nonet.weights.loader import Checkpoint, Range
 
 Names = Callable[[int], tuple[str, str, str]]  # expert -> names of its gate, up and down projections
@@ -23,18 +22,17 @@ Names = Callable[[int], tuple[str, str, str]]  # expert -> names of its gate, up
 class SlotWeights:
     """The weights in this rank's slots of one layer; a slot is an address, so slots need not adjoin.
 
-    gate_up[s] is [2I, D] (gate above up), down[s] is [D, I], each as `kernels.linear.pack` makes it.
+    gate_up[s] is [2I, D] (gate above up), down[s] is [D, I].
     """
 
     gate_up: tuple[Tensor, ...]
     down: tuple[Tensor, ...]
-    stacked: tuple[Tensor, Tensor] | None = None  # the same, plain, as [S, 2I, D] and [S, D, I], where slots adjoin
+    stacked: tuple[Tensor, Tensor] | None = None  # the same memory as [S, 2I, D] and [S, D, I], where slots adjoin
 
     @classmethod
     def adjoining(cls, gate_up_SID: Tensor, down_SDI: Tensor) -> SlotWeights:
-        """Slots that are consecutive parts of two tensors. Where packing makes copies, both forms are kept."""
-        gate_up, down = (tuple(pack(w) for w in stack.unbind()) for stack in (gate_up_SID, down_SDI))
-        return cls(gate_up, down, (gate_up_SID, down_SDI))
+        """Slots that are consecutive parts of two tensors."""
+        return cls(gate_up_SID.unbind(), down_SDI.unbind(), (gate_up_SID, down_SDI))
 
 
 def fill_slots(checkpoint: Checkpoint, names: Names, experts: Sequence[int], span: Range) -> SlotWeights:

@@ -40,9 +40,9 @@ def built(step: StepBatch = EXAMPLE, tokens=(7, 0, 3), tp_size: int = 2):
 
 
 def seen_by_decoding(attention) -> list[list[int]]:
-    """The places that the mask leaves to each decoding sequence."""
-    rows = zip(attention.decode_place_BC, attention.decode_mask_B11C[:, 0, 0], strict=True)
-    return [place[mask].tolist() for place, mask in rows]
+    """The places that its length leaves to each decoding sequence."""
+    rows = zip(attention.decode_place_BC, attention.decode_length_B, strict=True)
+    return [place[:length].tolist() for place, length in rows]
 
 
 def test_tokens_positions_and_places_of_the_example():
@@ -57,7 +57,7 @@ def test_tokens_positions_and_places_of_the_example():
 def test_what_each_token_of_the_example_may_see():
     attention = built().attention
     assert attention.num_decode == 2
-    assert attention.decode_mask_B11C.shape == (2, 1, 1, 6)
+    assert attention.decode_place_BC.shape == (2, 6)
     assert seen_by_decoding(attention) == [[12, 13, 14, 15, 4, 5], [28, 29, 30]]
     assert [(p.first, p.count, p.place_C.tolist()) for p in attention.prefills] == [
         (2, 3, [8, 9, 10, 11, 0, 1]),
@@ -94,7 +94,7 @@ def test_a_dummy_pass_touches_the_scratch_place_only_and_is_no_load():
     assert batch.token_T.tolist() == [3, 1, 4]
     assert batch.attention.place_T.tolist() == [40, 40, 40]
     assert batch.attention.decode_place_BC.tolist() == [[40], [40], [40]]
-    assert batch.attention.decode_mask_B11C.all()
+    assert batch.attention.decode_length_B.tolist() == [1, 1, 1]
     assert batch.attention.num_decode == 3
     assert batch.moe.rows == (2, 1, 3, 2)
     assert not batch.moe.is_load

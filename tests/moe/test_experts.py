@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from nonet import plugins
-from nonet.kernels.linear import pack
 from nonet.moe.base import Dispatched, group_by_slot, sum_pairs
 from nonet.weights.slots import SlotWeights
 
@@ -31,7 +30,7 @@ def apart(own: SlotWeights) -> SlotWeights:
     """The same slots at addresses that do not adjoin."""
     assert own.stacked is not None
     gate_up, down = own.stacked
-    return SlotWeights(tuple(pack(w.clone()) for w in gate_up), tuple(pack(w.clone()) for w in down))
+    return SlotWeights(tuple(w.clone() for w in gate_up), tuple(w.clone() for w in down))
 
 
 def sent(slots: list[list[int]], num_slots: int, device: str, dtype: torch.dtype = torch.float32) -> Dispatched:

@@ -1,11 +1,11 @@
 """One-sided exchange among CPU ranks of one host, over shared memory: no collective call in dispatch or combine.
 
-The protocol that NVLink kernels follow too, in plain PyTorch: a rank *pushes* each row once into its own place in
+The protocol that NVLink kernels follow too: a rank *pushes* each row once into its own place in
 every target's receive buffer, then raises a word there that carries the epoch and the number of rows; a receiver waits
 for the words of all ranks. After computing, it lays the results of all sources in one block and raises a word for each
 source that carries the epoch and where its part starts; a sender waits for those and *pulls*. Buffers need no second
 copy: a rank pushes epoch e + 1 only after pulling e, and overwrites its results of e only after everyone pushed e + 1.
-Legend: see moe/base.py; P sent rows, B rows that one rank may send (max_rows).
+Legend: see moe/base.py; P rows sent to one rank, B rows that one rank may send (max_rows).
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from nonet.comm.group import Pending
 from nonet.comm.peer import Windows, align
 from nonet.comm.wait import fence, wait_until
 from nonet.errors import ConfigError
-from nonet.moe.all2all._route import Route, Router, add_rows, place_pairs
+from nonet.kernels.cpu import routing
+from nonet.kernels.cpu import rows as kernel
 from nonet.moe.all2all._rows import sum_spread
-from nonet.moe.base import All2All, All2AllSpec, Dispatched, Takes, group_by_slot
+from nonet.moe.base import All2All, All2AllSpec, Dispatched, Takes
 
 _COUNT = (1 << 32) - 1  # a flag word is epoch << 32 | number of rows, or first row
 
@@ -36,8 +37,9 @@ def create(spec: All2AllSpec) -> All2All:
 @dataclass(frozen=True, slots=True)
 class _Ticket:
     epoch: int
-    route: Route
+    tokens: list[Tensor]  # for each rank, the tokens it got of this one: token_P
     received: list[int]  # rows from each rank
+    slot_TK: Tensor
     weight_TK: Tensor
 
 
@@ -45,7 +47,9 @@ class SharedMemory:
     captures = False
 
     def __init__(self, spec: All2AllSpec) -> None:
-        self.spec, self._router = spec, Router(spec)
+        self.spec = spec
+        bounds = spec.fleet.first_slot
+        self._spans = list(zip(bounds, bounds[1:], strict=False))  # each rank's first slot, and the next rank's
         self.takes: Takes = "pairs" if spec.exact else "rows"
         self.epoch = 0
         group, B, K, D = spec.group, spec.max_rows, spec.top_k, spec.hidden_size
@@ -65,33 +69,25 @@ class SharedMemory:
     def dispatch(self, x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor, rows: Sequence[int]) -> Pending[Dispatched]:
         assert x_TD.shape[0] <= self.spec.max_rows, "the layer chunks what is larger"
         self.epoch += 1
-        epoch, route = self.epoch, self._router.route(slot_TK)
-        note_TK = torch.cat([slot_TK.int(), weight_TK.view(torch.int32)], dim=1)
-        me, size = self.spec.group.rank, self.spec.group.size
-        tokens = route.token_P.split(route.counts)
+        epoch, me, size = self.epoch, self.spec.group.rank, self.spec.group.size
+        note = slot_TK.contiguous(), weight_TK.contiguous()
+        tokens: list[Tensor] = [slot_TK] * size
         for target in (*range(me + 1, size), *range(me + 1)):  # starting at different ranks
-            count = route.counts[target]
-            if count:
-                torch.index_select(x_TD, 0, tokens[target], out=self._x_to[target][:count])
-                torch.index_select(note_TK, 0, tokens[target], out=self._note_to[target][:count])
+            where = self._x_to[target], self._note_to[target]
+            tokens[target] = kernel.push(x_TD.contiguous(), note, self._spans[target], *where)
             fence()
-            self._arrived[target][me] = epoch << 32 | count
-        return Pending(lambda: self._receive(epoch, route, weight_TK))
+            self._arrived[target][me] = epoch << 32 | len(tokens[target])
+        return Pending(lambda: self._receive(epoch, tokens, slot_TK, weight_TK))
 
-    def _receive(self, epoch: int, route: Route, weight_TK: Tensor) -> Dispatched:
+    def _receive(self, epoch: int, tokens: list[Tensor], slot_TK: Tensor, weight_TK: Tensor) -> Dispatched:
         words = self._arrived[self.spec.group.rank]
         self._wait("dispatch", lambda: [word >> 32 for word in words], epoch)
         received = [word & _COUNT for word in words]
         x_ND = torch.cat([x[:count] for x, count in zip(self._x_from, received, strict=True)])
         note_NK = torch.cat([note[:count] for note, count in zip(self._note_from, received, strict=True)])
         slot_NK, weight_NK = note_NK.chunk(2, dim=1)
-        return group_by_slot(
-            x_ND,
-            slot_NK.long() - self.spec.first_slot,
-            weight_NK.contiguous().view(torch.float32),
-            self.spec.num_slots,
-            _Ticket(epoch, route, received, weight_TK),
-        )
+        pairs = routing.group(slot_NK, weight_NK.view(torch.float32), self.spec.first_slot, self.spec.num_slots)
+        return Dispatched(x_ND, *pairs, _Ticket(epoch, tokens, received, slot_TK, weight_TK))
 
     def combine(self, y: Tensor, sent: Dispatched) -> Pending[Tensor]:
         ticket = sent.ticket
@@ -112,16 +108,19 @@ class SharedMemory:
         return Pending(lambda: self._pull(ticket))
 
     def _pull(self, ticket: _Ticket) -> Tensor:
-        me, size, route = self.spec.group.rank, self.spec.group.size, ticket.route
+        me, T, D = self.spec.group.rank, len(ticket.slot_TK), self.spec.hidden_size
         self._wait("combine", lambda: [words[me] >> 32 for words in self._ready], ticket.epoch)
         starts = [words[me] & _COUNT for words in self._ready]
-        if self.takes == "rows":
-            parts = [y[a : a + n] for y, a, n in zip(self._y, starts, route.counts, strict=True)]
-            return add_rows(parts, route, len(ticket.weight_TK)).to(self.spec.dtype)
-        pairs = torch.bincount(route.rank_TK.reshape(-1), minlength=size + 1)[:size].tolist()
-        back_QD = torch.cat([y[a : a + n] for y, a, n in zip(self._y, starts, pairs, strict=True)])
-        weight_TK = ticket.weight_TK.masked_fill(route.rank_TK == size, 0)
-        return sum_spread(place_pairs(back_QD, route), weight_TK).to(self.spec.dtype)
+        if self.takes == "rows":  # partial sums, added in rank order
+            out_TD = torch.zeros((T, D), dtype=torch.float32)
+            for y, start, token_P in zip(self._y, starts, ticket.tokens, strict=True):
+                out_TD.index_add_(0, token_P, y[start : start + len(token_P)].float())
+            return out_TD.to(self.spec.dtype)
+        out_TKD = torch.zeros((*ticket.slot_TK.shape, D), dtype=self.spec.dtype)
+        for y, start, (first, end) in zip(self._y, starts, self._spans, strict=True):
+            there_TK = (ticket.slot_TK >= first) & (ticket.slot_TK < end)
+            out_TKD[there_TK] = y[start : start + int(there_TK.sum())]
+        return sum_spread(out_TKD, ticket.weight_TK.masked_fill(ticket.slot_TK < 0, 0)).to(self.spec.dtype)
 
     def _wait(self, what: str, epochs: Callable[[], list[int]], epoch: int) -> None:
         """Until every rank has raised its word for `epoch`."""

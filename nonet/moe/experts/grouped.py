@@ -1,7 +1,8 @@
-"""Expert kernel of plain PyTorch: two matrix products for each slot that got tokens, or two batches over all slots.
+"""Expert kernel of plain PyTorch: two matrix products for each slot that got tokens.
 
-The default on CPUs, and on GPUs until a fused kernel is chosen; reads the counts on the host.
-Legend: see moe/base.py; C rows of a slot, padded; P = S * C.
+The default on CPUs, and on GPUs until a fused kernel is chosen; reads the counts on the host. On CPUs few rows a slot
+take other ways to the same products: one batch over all slots, or with very few a compiled kernel.
+Legend: see moe/base.py; C rows of a slot, padded.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nonet.kernels.linear import linear
+from nonet.kernels import cpu
 from nonet.moe.base import Dispatched, Experts, Takes, sum_pairs
 from nonet.weights.slots import SlotWeights
 
@@ -28,77 +29,83 @@ class Grouped:
 
     def __call__(self, sent: Dispatched, weights: SlotWeights, takes: Takes) -> Tensor:
         counts = sent.count_S.tolist()
-        on_cpu = sent.x_ND.device.type == "cpu"
-        if on_cpu and weights.stacked is not None and pays_to_batch(counts):
-            y_MD = _batched(sent, weights.stacked, counts)
-        else:
-            y_MD = _looped(sent, weights, counts, bucket if on_cpu else int)
-        if takes == "pairs":
-            return y_MD
-        return _sum_on_cpu(y_MD, sent) if on_cpu else sum_pairs(y_MD, sent).to(y_MD.dtype)
+        if not cpu.handles(sent.x_ND):
+            y_MD = _looped(sent, weights, counts, int, silu_and_multiply)
+            return y_MD if takes == "pairs" else sum_pairs(y_MD, sent).to(y_MD.dtype)
+        from nonet.kernels.cpu import rows
+
+        y_MD = _on_cpu(sent, weights, counts)
+        return y_MD if takes == "pairs" else rows.sum_pairs(y_MD, sent.pair_NK, sent.weight_M, y_MD.dtype)
 
 
-def pays_to_batch(counts: list[int]) -> bool:
-    """Whether one padded product over all slots beats a product a slot, on CPUs: few rows each, and not too few slots.
+def silu_and_multiply(both_M2I: Tensor) -> Tensor:
+    """[M, I]: silu(gate) * up, of gate beside up."""
+    gate, up = both_M2I.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
-    A call alone reads its weights slower than a batch does (measured: 1.4 times on one thread, 2 on two).
+
+def _looped(
+    sent: Dispatched,
+    weights: SlotWeights,
+    counts: list[int],
+    rows_for: Callable[[int], int],
+    activate: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """[sum of counts, D]: two products for each slot with rows, of `rows_for` of them.
+
+    Those too many belong to the next slots, whose own products come later and write over them.
     """
-    return 0 < max(counts, default=0) <= MOST_PADDED and 3 * sum(count > 0 for count in counts) > len(counts)
+    total = sum(counts)
+    if not total:
+        return sent.x_ND[:0]
+    row_M = sent.row_M[:total]
+    over = max((rows_for(count) - count for count in counts), default=0)  # no product reaches further past the end
+    x_MD = sent.x_ND.index_select(0, torch.cat([row_M, row_M[:1].expand(over)]) if over else row_M)
+    spans, start = [], 0
+    for count in counts:
+        spans.append(slice(start, start + rows_for(count)))
+        start += count
+    both_M2I = x_MD.new_empty((total + over, 2 * weights.down[0].shape[1]))
+    for span, count, weight in zip(spans, counts, weights.gate_up, strict=True):
+        if count:
+            torch.mm(x_MD[span], weight.t(), out=both_M2I[span])
+    act_MI, y_MD = activate(both_M2I), torch.empty_like(x_MD)
+    for span, count, weight in zip(spans, counts, weights.down, strict=True):
+        if count:
+            torch.mm(act_MI[span], weight.t(), out=y_MD[span])
+    return y_MD[:total]
+
+
+# -- on CPUs: other ways to the same products, where a slot has few rows ------------------------------------------
+
+
+def _on_cpu(sent: Dispatched, weights: SlotWeights, counts: list[int]) -> Tensor:
+    """[sum of counts, D], by the way that is fastest for so many rows a slot (measured)."""
+    from nonet.kernels.cpu import experts
+
+    if weights.stacked is not None and 0 < max(counts, default=0) <= MOST_PADDED:
+        if sum(counts) <= len(counts):
+            where = sent.row_M, sent.start_S, sent.count_S
+            return experts.run_experts(sent.x_ND, *where, *weights.stacked, sum(counts))
+        if 3 * sum(count > 0 for count in counts) > len(counts):  # a batch reads the weights of all slots
+            return _batched(sent, weights.stacked, counts)
+    return _looped(sent, weights, counts, bucket, experts.silu_and_multiply)
 
 
 def _batched(sent: Dispatched, stacked: tuple[Tensor, Tensor], counts: list[int]) -> Tensor:
-    """Every slot computes C rows, C the largest count rounded up; rows past a slot's own repeat others and are dropped.
+    """Every slot computes C rows, C the largest count rounded up; those past a slot's own are dropped.
 
     The weight stands on the left, where oneDNN reads it as it is.
     """
-    total, S = sum(counts), len(counts)
-    C = 1 << (max(counts) - 1).bit_length()  # few different shapes: kernels are compiled by shape
-    step_C = torch.arange(C)
-    pair_SC = (sent.start_S.unsqueeze(1) + step_C).clamp(max=total - 1)
-    row_P = sent.row_M.index_select(0, pair_SC.view(-1))
-    x_SDC = sent.x_ND.index_select(0, row_P).view(S, C, -1).transpose(1, 2)
-    gate, up = torch.bmm(stacked[0], x_SDC).chunk(2, dim=1)
-    y_SDC = torch.bmm(stacked[1], F.silu(gate).mul_(up))
-    place_M = (step_C < sent.count_S.unsqueeze(1)).view(-1).nonzero().squeeze(1)
-    return y_SDC.transpose(1, 2).reshape(S * C, -1).index_select(0, place_M)
+    from nonet.kernels.cpu import experts, rows
 
-
-def _looped(sent: Dispatched, weights: SlotWeights, counts: list[int], rows_for: Callable[[int], int]) -> Tensor:
-    """A product for each slot with rows. Of the next slots' rows it may take a few too, which are dropped."""
-    total = sum(counts)
-    row_M = sent.row_M[:total]
-    over = max((rows_for(count) - count for count in counts), default=0)  # no product reads further past the end
-    x_MD = sent.x_ND.index_select(0, torch.cat([row_M, row_M[:1].expand(over)]) if over else row_M)
-    y_MD = x_MD.new_empty((total, x_MD.shape[1]))
-    start = 0
-    for slot, count in enumerate(counts):
-        if count:
-            x = x_MD[start : start + rows_for(count)]
-            gate, up = linear(x, weights.gate_up[slot]).chunk(2, dim=-1)
-            y_MD[start : start + count] = linear(F.silu(gate).mul_(up), weights.down[slot])[:count]
-            start += count
-    return y_MD
+    C = 1 << (max(counts) - 1).bit_length()  # few different shapes: products are compiled by shape
+    x_SCD = rows.pad(sent.x_ND, sent.row_M, sent.start_S, sent.count_S, C)
+    act_SIC = experts.silu_and_multiply(torch.bmm(stacked[0], x_SCD.transpose(1, 2)))
+    return rows.collect(torch.bmm(stacked[1], act_SIC), sent.start_S, sent.count_S, sum(counts))
 
 
 def bucket(count: int) -> int:
     """The count rounded up to one of four sizes an octave: at most a quarter more, and few shapes."""
     step = 1 << max(0, count.bit_length() - 3)
     return -(-count // step) * step
-
-
-def _sum_on_cpu(y_MD: Tensor, sent: Dispatched) -> Tensor:
-    """[N, D]: `sum_pairs` as one call, a bag of pairs for each row; adds in float32 in k order."""
-    N, K = sent.pair_NK.shape
-    if y_MD.shape[0] == N * K:  # every slot is here
-        pair = sent.pair_NK
-        return F.embedding_bag(pair, y_MD, per_sample_weights=_weights(y_MD, sent, pair), mode="sum")
-    here_NK = sent.pair_NK >= 0
-    count_N = here_NK.sum(dim=1)
-    pair = sent.pair_NK[here_NK]
-    return F.embedding_bag(
-        pair, y_MD, torch.cumsum(count_N, 0) - count_N, per_sample_weights=_weights(y_MD, sent, pair), mode="sum"
-    )
-
-
-def _weights(y_MD: Tensor, sent: Dispatched, pair: Tensor) -> Tensor:
-    return sent.weight_M[pair].to(y_MD.dtype)

@@ -1,0 +1,131 @@
+"""Around attention on CPUs: norm and rotation of q and k with the write to the cache, and decoding from the cache.
+
+Specified by `layers.attention`. Legend: T tokens, H query heads, h KV heads, d head_dim, B decoding sequences,
+C longest context.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from nonet.kernels.cpu import view
+from nonet.kernels.cpu.scalar import FAST, exp, f32, for_types, jit, put
+
+_NO_NORM = np.float32(-1)
+
+
+def place_qkv(
+    qkv: Tensor,
+    norm: tuple[Tensor, float] | None,
+    cos_sin: tuple[Tensor, Tensor],
+    cache: tuple[Tensor, Tensor],
+    place_T: Tensor,
+    num_heads: int,
+) -> Tensor:
+    """q [T, H, d], normed and rotated, of qkv [T, H + 2h, d]; k, also so, and v go to their places in the cache.
+
+    `norm` is (weights [H + h, d], epsilon). cos and sin are [T, 1, d].
+    """
+    T, _, d = qkv.shape
+    q = torch.empty((T, num_heads, d), dtype=qkv.dtype)
+    cos, sin = (view(part).reshape(T, d) for part in cos_sin)
+    if norm is None:
+        weight, eps = np.empty((0, d), cos.dtype), _NO_NORM
+    else:
+        weight, eps = view(norm[0]), np.float32(norm[1])
+    _place(view(qkv), weight, eps, cos, sin, view(place_T), view(q), view(cache[0]), view(cache[1]))
+    return q
+
+
+def decode(q_BHd: Tensor, cache: tuple[Tensor, Tensor], place_BC: Tensor, length_B: Tensor, out_BHd: Tensor) -> None:
+    """Into out: each sequence's one token attends to the places of its context, length_B of them."""
+    _decode(view(q_BHd), view(cache[0]), view(cache[1]), view(place_BC), view(length_B), view(out_BHd))
+
+
+@jit(
+    *for_types(
+        "void(T[:,:,::1], T[:,::1], float32, T[:,::1], T[:,::1], int64[::1], T[:,:,::1], T[:,:,::1], T[:,:,::1])"
+    )
+)
+def _place(qkv, weight, eps, cos, sin, place, q, keys, values):
+    T, heads, d = qkv.shape
+    H, h, half = q.shape[1], keys.shape[1], d // 2
+    turned = np.empty(d, np.float32)
+    for t in range(T):
+        c, s = cos[t], sin[t]
+        for head in range(H + h):
+            row = qkv[t, head]
+            if eps >= 0:
+                square = np.float32(0)
+                for i in range(d):
+                    square += f32(row[i]) * f32(row[i])
+                scale = np.float32(1) / np.sqrt(square / np.float32(d) + eps)
+                w = weight[head]
+                for i in range(d):
+                    turned[i] = f32(row[i]) * scale * f32(w[i])
+            else:
+                for i in range(d):
+                    turned[i] = f32(row[i])
+            to = q[t, head] if head < H else keys[place[t], head - H]
+            for i in range(half):
+                put(to, i, turned[i] * f32(c[i]) - turned[i + half] * f32(s[i]))
+                put(to, i + half, turned[i + half] * f32(c[i + half]) + turned[i] * f32(s[i + half]))
+        for head in range(h):
+            values[place[t], head] = qkv[t, H + h + head]
+
+
+@njit(fastmath=FAST, inline="always")
+def _softmax(score):
+    top = np.float32(-np.inf)
+    for c in range(len(score)):
+        top = max(top, score[c])
+    mass = np.float32(0)
+    for c in range(len(score)):
+        score[c] = exp(score[c] - top)
+        mass += score[c]
+    for c in range(len(score)):
+        score[c] /= mass
+
+
+@jit(*for_types("void(T[:,:,::1], T[:,:,::1], T[:,:,::1], int64[:,::1], int64[::1], T[:,:,::1])"))
+def _decode(q, keys, values, place, length, out):
+    B, H, d = q.shape
+    h = keys.shape[1]
+    G = H // h  # query heads that share a KV head
+    factor = np.float32(1) / np.sqrt(np.float32(d))
+    query, total = np.empty((G, d), np.float32), np.empty((G, d), np.float32)
+    row = np.empty(d, np.float32)
+    weight = np.empty((G, place.shape[1]), np.float32)
+    for b in range(B):
+        C = length[b]
+        for shared in range(h):
+            for g in range(G):
+                for i in range(d):
+                    query[g, i] = f32(q[b, shared * G + g, i]) * factor
+            for c in range(C):
+                key = keys[place[b, c], shared]
+                for i in range(d):
+                    row[i] = f32(key[i])
+                for g in range(G):
+                    score = np.float32(0)
+                    for i in range(d):
+                        score += query[g, i] * row[i]
+                    weight[g, c] = score
+            for g in range(G):
+                _softmax(weight[g, :C])
+            total[:] = np.float32(0)
+            for c in range(C):
+                value = values[place[b, c], shared]
+                for i in range(d):
+                    row[i] = f32(value[i])
+                for g in range(G):
+                    w = weight[g, c]
+                    for i in range(d):
+                        total[g, i] += w * row[i]
+            for g in range(G):
+                to = out[b, shared * G + g]
+                for i in range(d):
+                    put(to, i, total[g, i])

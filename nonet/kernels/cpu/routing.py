@@ -1,0 +1,107 @@
+"""Choosing experts, and grouping (row, slot) pairs by slot. Specified by `moe.router` and `moe.base`.
+
+Legend: T tokens, E experts, K top-k, N rows, S slots of this rank, M = N * K pairs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nonet.kernels.cpu import view
+from nonet.kernels.cpu.scalar import exp, f32, for_types, jit
+
+Pairs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def softmax_topk(logits_TE: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
+    """(expert_TK int64, weight_TK float32), largest first; of equal ones the lower expert."""
+    T = logits_TE.shape[0]
+    expert, weight = torch.empty((T, top_k), dtype=torch.int64), torch.empty((T, top_k), dtype=torch.float32)
+    _topk(view(logits_TE), renormalise, view(expert), view(weight))
+    return expert, weight
+
+
+def count_experts(expert_TK: Tensor, count_E: Tensor) -> None:
+    """Add to count_E (int64) how often each expert stands in expert_TK."""
+    _count(view(expert_TK).reshape(-1), view(count_E))
+
+
+def group(slot_NK: Tensor, weight_NK: Tensor, first: int, num_slots: int) -> Pairs:
+    """(row_M, weight_M, pair_NK, start_S, count_S) of `moe.base.Dispatched`, for slots first .. first + S - 1.
+
+    slot_NK is int64 or int32; neither input need be contiguous.
+    """
+    N, K = slot_NK.shape
+    # pairs of other ranks come last, as zeros: a row that exists and no weight
+    row, weight = torch.zeros(N * K, dtype=torch.int64), torch.zeros(N * K, dtype=torch.float32)
+    pair = torch.empty((N, K), dtype=torch.int64)
+    start, count = torch.empty(num_slots, dtype=torch.int64), torch.empty(num_slots, dtype=torch.int64)
+    outputs = (row.numpy(), weight.numpy(), pair.numpy(), start.numpy(), count.numpy())
+    _group(slot_NK.numpy(), weight_NK.numpy(), first, *outputs)
+    return row, weight, pair, start, count
+
+
+@jit(*for_types("void(T[:,::1], boolean, int64[:,::1], float32[:,::1])"))
+def _topk(logits, renormalise, expert, weight):
+    T, E = logits.shape
+    K = expert.shape[1]
+    score = np.empty(E, np.float32)
+    for t in range(T):
+        row = logits[t]
+        top = np.float32(-np.inf)
+        for e in range(E):
+            score[e] = f32(row[e])
+            top = max(top, score[e])
+        mass = np.float32(0)
+        for e in range(E):
+            score[e] = exp(score[e] - top)
+            mass += score[e]
+        chosen = np.float32(0)
+        for k in range(K):
+            best = 0
+            for e in range(1, E):
+                if score[e] > score[best]:
+                    best = e
+            expert[t, k], weight[t, k] = best, score[best] / mass
+            chosen += weight[t, k]
+            score[best] = np.float32(-1)
+        if renormalise:
+            for k in range(K):
+                weight[t, k] /= chosen
+
+
+@jit("void(int64[::1], int64[::1])")
+def _count(expert, count):
+    for i in range(len(expert)):
+        count[expert[i]] += 1
+
+
+@jit(
+    "void(int64[:,:], float32[:,:], int64, int64[::1], float32[::1], int64[:,::1], int64[::1], int64[::1])",
+    "void(int32[:,:], float32[:,:], int64, int64[::1], float32[::1], int64[:,::1], int64[::1], int64[::1])",
+)
+def _group(slot, weight, first, row_out, weight_out, pair, start, count):
+    N, K = slot.shape
+    S = len(count)
+    count[:] = 0
+    for n in range(N):
+        for k in range(K):
+            s = slot[n, k] - first
+            if 0 <= s < S:
+                count[s] += 1
+    total = 0
+    for s in range(S):
+        start[s] = total
+        total += count[s]
+    place = start.copy()
+    for n in range(N):
+        for k in range(K):
+            s = slot[n, k] - first
+            if 0 <= s < S:
+                m = place[s]
+                place[s] += 1
+                row_out[m], weight_out[m], pair[n, k] = n, weight[n, k], m
+            else:
+                pair[n, k] = -1

@@ -1,0 +1,118 @@
+"""Moving and summing rows: by router weights, into padded batches, into the windows of other ranks.
+
+Specified by `moe.base.sum_pairs`, used by expert kernels and `moe.all2all.shm`. Rows that are only moved pass as words
+of their size, whatever their type. Legend: see moe/base.py; C padded rows of a slot.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nonet.kernels.cpu import view
+from nonet.kernels.cpu.scalar import f32, for_types, jit, put
+
+_WORDS = {2: torch.uint16, 4: torch.uint32}
+
+
+def words(x: Tensor) -> np.ndarray:
+    """The elements of x as plain bits."""
+    return x.view(_WORDS[x.dtype.itemsize]).numpy()
+
+
+def sum_pairs(y_MD: Tensor, pair_NK: Tensor, weight_M: Tensor, dtype: torch.dtype) -> Tensor:
+    """[N, D] in float32 or y's type: each row's pairs, weighted and summed in k order; pairs -1 add nothing."""
+    out = torch.empty((pair_NK.shape[0], y_MD.shape[1]), dtype=dtype)
+    _sum(view(y_MD), view(pair_NK), view(weight_M), view(out))
+    return out
+
+
+def pad(x_ND: Tensor, row_M: Tensor, start_S: Tensor, count_S: Tensor, C: int) -> Tensor:
+    """[S, C, D]: the rows of each slot's pairs, then zeros."""
+    out = torch.empty((count_S.shape[0], C, x_ND.shape[1]), dtype=x_ND.dtype)
+    _pad(words(x_ND), view(row_M), view(start_S), view(count_S), words(out))
+    return out
+
+
+def collect(y_SDC: Tensor, start_S: Tensor, count_S: Tensor, total: int) -> Tensor:
+    """[total, D]: the columns of each slot that stand for pairs, as rows."""
+    out = torch.empty((total, y_SDC.shape[1]), dtype=y_SDC.dtype)
+    _collect(words(y_SDC), view(start_S), view(count_S), words(out))
+    return out
+
+
+def push(x_TD: Tensor, note_TK: tuple[Tensor, Tensor], span: tuple[int, int], x_to: Tensor, note_to: Tensor) -> Tensor:
+    """Copy each token with a slot in span, once, and its note; returns the tokens (int64), in order.
+
+    A note is K int32 slots and K float32 router weights (as bits), of slot_TK (int64) and weight_TK.
+    """
+    token = np.empty(x_TD.shape[0], np.int64)
+    slot, weight = note_TK[0].numpy(), note_TK[1].view(torch.int32).numpy()
+    count = _push(words(x_TD), slot, weight, *span, words(x_to), note_to.numpy(), token)
+    return torch.from_numpy(token[:count])
+
+
+@jit(
+    *for_types("void(T[:,::1], int64[:,::1], float32[::1], T[:,::1])"),
+    "void(uint16[:,::1], int64[:,::1], float32[::1], float32[:,::1])",
+)
+def _sum(y, pair, weight, out):
+    N, K = pair.shape
+    D = y.shape[1]
+    total = np.empty(D, np.float32)
+    for n in range(N):
+        total[:] = np.float32(0)
+        for k in range(K):
+            m = pair[n, k]
+            if m >= 0:
+                row, w = y[m], weight[m]
+                for d in range(D):
+                    total[d] += f32(row[d]) * w
+        to = out[n]
+        for d in range(D):
+            put(to, d, total[d])
+
+
+@jit(*(f"void({t}[:,::1], int64[::1], int64[::1], int64[::1], {t}[:,:,::1])" for t in ("uint16", "uint32")))
+def _pad(x, row, start, count, out):
+    S, C, _ = out.shape
+    for s in range(S):
+        for c in range(C):
+            if c < count[s]:
+                out[s, c] = x[row[start[s] + c]]
+            else:
+                out[s, c] = 0
+
+
+@jit(*(f"void({t}[:,:,::1], int64[::1], int64[::1], {t}[:,::1])" for t in ("uint16", "uint32")))
+def _collect(y, start, count, out):
+    S, D, _ = y.shape
+    for s in range(S):
+        for c in range(count[s]):
+            to = out[start[s] + c]
+            for d in range(D):
+                to[d] = y[s, d, c]
+
+
+@jit(
+    *(
+        f"int64({t}[:,::1], int64[:,::1], int32[:,::1], int64, int64, {t}[:,::1], int32[:,::1], int64[::1])"
+        for t in ("uint16", "uint32")
+    )
+)
+def _push(x, slot, weight, first, end, x_to, note_to, token):
+    T, K = slot.shape
+    count = 0
+    for t in range(T):
+        here = False
+        for k in range(K):
+            here |= first <= slot[t, k] < end
+        if here:
+            x_to[count] = x[t]
+            for k in range(K):
+                note_to[count, k] = slot[t, k]
+                note_to[count, K + k] = weight[t, k]
+            token[count] = t
+            count += 1
+    return count

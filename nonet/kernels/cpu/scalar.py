@@ -1,0 +1,89 @@
+"""Scalars inside the compiled kernels: bfloat16 as 16 bits to float32 and back, and an exponential that vectorises.
+
+Used by the other files here; knows no tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic, overload
+
+# sums may be reordered and multiplications fused with additions; NaN and infinity keep their meaning
+FAST = {"reassoc", "contract", "nsz"}
+
+
+def jit(*signatures: str) -> Any:
+    """Compile for these signatures now, or read what an earlier process compiled. Releases the interpreter lock."""
+    return njit(list(signatures), fastmath=FAST, nogil=True, cache=True, boundscheck=False, error_model="numpy")
+
+
+def for_types(signature: str) -> tuple[str, str]:
+    """The signature for bfloat16 and for float32; `T` in it stands for an element."""
+    return signature.replace("T", "uint16"), signature.replace("T", "float32")
+
+
+@intrinsic
+def _as_float(typing_context, bits):
+    return types.float32(types.uint32), lambda c, builder, s, args: builder.bitcast(args[0], ir.FloatType())
+
+
+@intrinsic
+def _as_bits(typing_context, value):
+    return types.uint32(types.float32), lambda c, builder, s, args: builder.bitcast(args[0], ir.IntType(32))
+
+
+def f32(element):
+    """An element of an array as float32."""
+    raise NotImplementedError("only inside compiled code")
+
+
+@overload(f32, inline="always")
+def _f32(element):
+    if isinstance(element, types.Integer):
+        return lambda element: _as_float(np.uint32(element) << np.uint32(16))
+    return lambda element: element
+
+
+def put(array, i, value):
+    """array[i] = value, rounded to the nearest (ties to even) where the array is bfloat16."""
+    raise NotImplementedError("only inside compiled code")
+
+
+@overload(put, inline="always")
+def _put(array, i, value):
+    if isinstance(array.dtype, types.Integer):
+
+        def rounded(array, i, value):
+            bits = _as_bits(np.float32(value))
+            if bits & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000):  # NaN stays one
+                array[i] = np.uint16(0x7FC0)
+            else:
+                odd = (bits >> np.uint32(16)) & np.uint32(1)
+                array[i] = np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+
+        return rounded
+
+    def plain(array, i, value):
+        array[i] = value
+
+    return plain
+
+
+@njit(inline="always")
+def exp(x):
+    """e ** x in float32, to about two units in the last place (polynomial of Cephes' expf); 0 below -87."""
+    x = max(min(x, np.float32(88.0)), np.float32(-87.0))
+    n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
+    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    p = p * r * r + r + np.float32(1.0)
+    return p * _as_float(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))  # type: ignore[call-arg]
