@@ -23,6 +23,14 @@ class Lookup:
 
     def __call__(self, expert_TK: Tensor) -> Tensor:
         """Global slots, int64 [T, K]. Deterministic; replicas of an expert get within one token of each other."""
+        if expert_TK.device.type == "cpu":
+            from nonet.kernels.cpu import routing
+
+            return routing.look_up(expert_TK, self.slot_EC, self.count_E, self.rank)
+        return self.reference(expert_TK)
+
+    def reference(self, expert_TK: Tensor) -> Tensor:
+        """The specification."""
         if not self.replicated:
             return self.slot_EC[expert_TK, 0]
         flat = expert_TK.reshape(-1)

@@ -25,7 +25,14 @@ def softmax_topk(logits_TE: Tensor, top_k: int, renormalise: bool) -> tuple[Tens
 
 def count_experts(expert_TK: Tensor, count_E: Tensor) -> None:
     """Add to count_E (int64) how often each expert stands in expert_TK."""
-    _count(view(expert_TK).reshape(-1), view(count_E))
+    _count(expert_TK.numpy().reshape(-1), view(count_E))
+
+
+def look_up(expert_TK: Tensor, slot_EC: Tensor, count_E: Tensor, first: int) -> Tensor:
+    """Global slots, int64 [T, K]: the replicas of an expert in turn, beginning with number `first`."""
+    slot = torch.empty(expert_TK.shape, dtype=torch.int64)
+    _look_up(view(expert_TK.contiguous()), view(slot_EC), view(count_E), first, view(slot))
+    return slot
 
 
 def group(slot_NK: Tensor, weight_NK: Tensor, first: int, num_slots: int) -> Pairs:
@@ -76,6 +83,17 @@ def _topk(logits, renormalise, expert, weight):
 def _count(expert, count):
     for i in range(len(expert)):
         count[expert[i]] += 1
+
+
+@jit("void(int64[:,::1], int64[:,::1], int64[::1], int64, int64[:,::1])")
+def _look_up(expert, slots, replicas, first, out):
+    T, K = expert.shape
+    came = np.zeros(len(replicas), np.int64)
+    for t in range(T):
+        for k in range(K):
+            e = expert[t, k]
+            out[t, k] = slots[e, (came[e] + first) % replicas[e]]
+            came[e] += 1
 
 
 @jit(

@@ -6,6 +6,8 @@ of their size, whatever their type. Legend: see moe/base.py; C padded rows of a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -51,6 +53,36 @@ def push(x_TD: Tensor, note_TK: tuple[Tensor, Tensor], span: tuple[int, int], x_
     slot, weight = note_TK[0].numpy(), note_TK[1].view(torch.int32).numpy()
     count = _push(words(x_TD), slot, weight, *span, words(x_to), note_to.numpy(), token)
     return torch.from_numpy(token[:count])
+
+
+def join(x_RBD: Tensor, counts: Sequence[int]) -> Tensor:
+    """[N, D]: the first `counts[r]` rows of each part r."""
+    count = np.array(counts, dtype=np.int64)
+    out = torch.empty((int(count.sum()), x_RBD.shape[2]), dtype=x_RBD.dtype)
+    _join(words(x_RBD), count, words(out))
+    return out
+
+
+def add_rows(total_TD: Tensor, token_P: Tensor, y_PD: Tensor) -> None:
+    """total (float32) += y, whose row p belongs to token p."""
+    _add(view(total_TD), view(token_P), view(y_PD.float() if y_PD.dtype == torch.float16 else y_PD))
+
+
+@jit(*(f"void({t}[:,:,::1], int64[::1], {t}[:,::1])" for t in ("uint16", "uint32")))
+def _join(x, count, out):
+    n = 0
+    for r in range(len(count)):
+        for b in range(count[r]):
+            out[n] = x[r, b]
+            n += 1
+
+
+@jit(*for_types("void(float32[:,::1], int64[::1], T[:,::1])"))
+def _add(total, token, y):
+    for p in range(len(token)):
+        to, row = total[token[p]], y[p]
+        for d in range(len(row)):
+            to[d] += f32(row[d])
 
 
 @jit(

@@ -62,8 +62,8 @@ class SharedMemory:
         self._ready = [windows.words(r, offset[1], R) for r in ranks]
         x = [windows.tensor(r, offset[2], (R, B, D), spec.dtype) for r in ranks]
         note = [windows.tensor(r, offset[3], (R, B, 2 * K), torch.int32) for r in ranks]  # K slots, K weights
-        self._x_to, self._x_from = [x[r][me] for r in ranks], [x[me][r] for r in ranks]
-        self._note_to, self._note_from = [note[r][me] for r in ranks], [note[me][r] for r in ranks]
+        self._x_to, self._x_from = [x[r][me] for r in ranks], x[me]
+        self._note_to, self._note_from = [note[r][me] for r in ranks], note[me]
         self._y = [windows.tensor(r, offset[4], (y_rows, D), spec.dtype) for r in ranks]
 
     def dispatch(self, x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor, rows: Sequence[int]) -> Pending[Dispatched]:
@@ -83,8 +83,7 @@ class SharedMemory:
         words = self._arrived[self.spec.group.rank]
         self._wait("dispatch", lambda: [word >> 32 for word in words], epoch)
         received = [word & _COUNT for word in words]
-        x_ND = torch.cat([x[:count] for x, count in zip(self._x_from, received, strict=True)])
-        note_NK = torch.cat([note[:count] for note, count in zip(self._note_from, received, strict=True)])
+        x_ND, note_NK = kernel.join(self._x_from, received), kernel.join(self._note_from, received)
         slot_NK, weight_NK = note_NK.chunk(2, dim=1)
         pairs = routing.group(slot_NK, weight_NK.view(torch.float32), self.spec.first_slot, self.spec.num_slots)
         return Dispatched(x_ND, *pairs, _Ticket(epoch, tokens, received, slot_TK, weight_TK))
@@ -114,7 +113,7 @@ class SharedMemory:
         if self.takes == "rows":  # partial sums, added in rank order
             out_TD = torch.zeros((T, D), dtype=torch.float32)
             for y, start, token_P in zip(self._y, starts, ticket.tokens, strict=True):
-                out_TD.index_add_(0, token_P, y[start : start + len(token_P)].float())
+                kernel.add_rows(out_TD, token_P, y[start : start + len(token_P)])
             return out_TD.to(self.spec.dtype)
         out_TKD = torch.zeros((*ticket.slot_TK.shape, D), dtype=self.spec.dtype)
         for y, start, (first, end) in zip(self._y, starts, self._spans, strict=True):
@@ -134,7 +133,7 @@ class SharedMemory:
 
     def poison(self) -> None:
         """For tests, between dispatch and combine: fill with NaN whatever this rank's window holds undefined then."""
-        for tensor in (*self._x_from, *self._note_from, self._y[self.spec.group.rank]):
+        for tensor in (self._x_from, self._note_from, self._y[self.spec.group.rank]):
             tensor.view(torch.uint8).fill_(255)
 
     def close(self) -> None:
