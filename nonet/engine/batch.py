@@ -1,7 +1,7 @@
 """Turns what the scheduler chose into the tensors one step needs.
 
 Used by the core (choosing logits) and the worker (building tensors). Legend: T new tokens, B decoding sequences,
-C longest context, D tokens of a dummy pass.
+D tokens of a dummy pass.
 """
 
 from __future__ import annotations
@@ -55,22 +55,25 @@ class BatchBuilder:
         """`tokens_by_dp_rank` counts every data-parallel rank's tokens in this step."""
         counts, starts = np.array(step.counts, dtype=np.int64), np.array(step.starts, dtype=np.int64)
         num_decode = int(np.count_nonzero(counts == 1))  # they come first
-        places = [self._places(blocks, int(s + c)) for blocks, s, c in zip(step.blocks, starts, counts, strict=True)]
-        context = max((len(p) for p in places[:num_decode]), default=0)
-        decode_BC = np.zeros((num_decode, context), dtype=np.int64)
-        for row, place in enumerate(places[:num_decode]):
-            decode_BC[row] = place[0]  # past its end a row reads its own first place, never another sequence's
-            decode_BC[row, : len(place)] = place
+        size, decoding = self.block_size, list(zip(step.blocks, step.starts, strict=True))[:num_decode]
+        used = [blocks[: start // size + 1] for blocks, start in decoding]
+        longest = max(map(len, used), default=0)
+        table = [blocks + blocks[:1] * (longest - len(blocks)) for blocks in used]  # padding is its own, not others'
+        last = [blocks[-1] * size + start % size for blocks, (_, start) in zip(used, decoding, strict=True)]
+        chunks = list(zip(step.blocks, step.starts, step.counts, strict=True))[num_decode:]
+        places = [self._places(blocks, start + count) for blocks, start, count in chunks]
+        own = [place[start:] for place, (_, start, _) in zip(places, chunks, strict=True)]
         first = np.cumsum(counts) - counts
         position_T = np.repeat(starts - first, counts) + np.arange(len(step.tokens))
-        own = [place[s:] for place, s in zip(places, starts, strict=True)]
         attention = AttentionBatch(
-            place_T=self._tensor(np.concatenate(own) if own else np.zeros(0, dtype=np.int64)),
+            place_T=self._tensor(np.concatenate([np.array(last, dtype=np.int64), *own])),
             num_decode=num_decode,
-            decode_place_BC=self._tensor(decode_BC),
+            decode_block_BN=self._tensor(np.array(table, dtype=np.int64).reshape(num_decode, longest)),
             decode_length_B=self._tensor(starts[:num_decode] + 1),
+            block_size=size,
             prefills=tuple(
-                Prefill(int(first[i]), int(counts[i]), self._tensor(places[i])) for i in range(num_decode, len(places))
+                Prefill(int(at), count, self._tensor(place))
+                for at, (_, _, count), place in zip(first[num_decode:], chunks, places, strict=True)
             ),
         )
         return Batch(
@@ -92,8 +95,9 @@ class BatchBuilder:
             attention=AttentionBatch(
                 place_T=place_D,
                 num_decode=D,
-                decode_place_BC=place_D.unsqueeze(1),
+                decode_block_BN=(place_D // self.block_size).unsqueeze(1),
                 decode_length_B=torch.ones(D, dtype=torch.int64, device=self.device),
+                block_size=self.block_size,
                 prefills=(),
             ),
             tp_rows=split_evenly(D, self.tp_size),

@@ -2,7 +2,8 @@
 
 `place_qkv` writes the cache, `attend` reads it. Both are plain PyTorch, the reference; on CPUs compiled kernels do the
 same in one pass over the rows, but for prompts, which are PyTorch's everywhere.
-Legend: T tokens, H query heads, h KV heads, d head_dim, D hidden, B decoding sequences, C longest context.
+Legend: T tokens, H query heads, h KV heads, d head_dim, D hidden, B decoding sequences, C longest context,
+N blocks of it.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ class AttentionBatch:
 
     place_T: Tensor  # int64 cache place of each new token
     num_decode: int
-    decode_place_BC: Tensor  # int64
-    decode_length_B: Tensor  # int64: context of each, its own token included; past it places are valid but not its own
+    decode_block_BN: Tensor  # int64: the blocks of each context; past its end a row repeats its first
+    decode_length_B: Tensor  # int64: context of each, its own token included
+    block_size: int
     prefills: tuple[Prefill, ...]
 
 
@@ -117,22 +119,24 @@ def attend(q_THd: Tensor, cache: KvCache, batch: AttentionBatch) -> Tensor:
     if B and cpu.handles(q_THd):
         from nonet.kernels.cpu import attention
 
-        attention.decode(q_THd[:B], cache, batch.decode_place_BC, batch.decode_length_B, out[:B])
+        attention.decode(q_THd[:B], cache, batch.decode_block_BN, batch.decode_length_B, batch.block_size, out[:B])
     elif B:
-        out[:B] = decode(q_THd[:B], cache, batch.decode_place_BC, batch.decode_length_B)
+        out[:B] = decode(q_THd[:B], cache, batch.decode_block_BN, batch.decode_length_B, batch.block_size)
     for part in batch.prefills:
         rows = slice(part.first, part.first + part.count)
         out[rows] = _attend_one(q_THd[rows], cache, part)
     return out
 
 
-def decode(q_BHd: Tensor, cache: KvCache, place_BC: Tensor, length_B: Tensor) -> Tensor:
+def decode(q_BHd: Tensor, cache: KvCache, block_BN: Tensor, length_B: Tensor, block_size: int) -> Tensor:
     """[B, H, d]: each sequence's one token attends to its context."""
     B, H, d = q_BHd.shape
-    h, C = cache[0].shape[1], place_BC.shape[1]
+    h, C = cache[0].shape[1], block_BN.shape[1] * block_size
+    place_BC = (block_BN.unsqueeze(2) * block_size + torch.arange(block_size, device=q_BHd.device)).view(B, C)
     k, v = (part.index_select(0, place_BC.view(-1)).view(B, C, h, d).transpose(1, 2) for part in cache)
     q = q_BHd.reshape(B, h, H // h, d)  # the heads of a group attend alike: they stand as its queries
     mask_BC = torch.arange(C, device=q.device) < length_B.unsqueeze(1)
+    k, v = (part.masked_fill(~mask_BC[:, None, :, None], 0) for part in (k, v))  # there NaN may stand
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_BC[:, None, None, :]).reshape(B, H, d)
 
 

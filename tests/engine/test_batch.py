@@ -40,9 +40,10 @@ def built(step: StepBatch = EXAMPLE, tokens=(7, 0, 3), tp_size: int = 2):
 
 
 def seen_by_decoding(attention) -> list[list[int]]:
-    """The places that its length leaves to each decoding sequence."""
-    rows = zip(attention.decode_place_BC, attention.decode_length_B, strict=True)
-    return [place[:length].tolist() for place, length in rows]
+    """The places that its blocks and length leave to each decoding sequence."""
+    size = attention.block_size
+    rows = zip(attention.decode_block_BN.tolist(), attention.decode_length_B.tolist(), strict=True)
+    return [[blocks[c // size] * size + c % size for c in range(length)] for blocks, length in rows]
 
 
 def test_tokens_positions_and_places_of_the_example():
@@ -57,7 +58,7 @@ def test_tokens_positions_and_places_of_the_example():
 def test_what_each_token_of_the_example_may_see():
     attention = built().attention
     assert attention.num_decode == 2
-    assert attention.decode_place_BC.shape == (2, 6)
+    assert attention.decode_block_BN.tolist() == [[3, 1], [7, 7]]
     assert seen_by_decoding(attention) == [[12, 13, 14, 15, 4, 5], [28, 29, 30]]
     assert [(p.first, p.count, p.place_C.tolist()) for p in attention.prefills] == [
         (2, 3, [8, 9, 10, 11, 0, 1]),
@@ -93,7 +94,7 @@ def test_a_dummy_pass_touches_the_scratch_place_only_and_is_no_load():
     batch = BatchBuilder(4, scratch_place=40, tp_size=2, device=CPU).dummy(torch.tensor([3, 1, 4]), [3, 5])
     assert batch.token_T.tolist() == [3, 1, 4]
     assert batch.attention.place_T.tolist() == [40, 40, 40]
-    assert batch.attention.decode_place_BC.tolist() == [[40], [40], [40]]
+    assert batch.attention.decode_block_BN.tolist() == [[10], [10], [10]]
     assert batch.attention.decode_length_B.tolist() == [1, 1, 1]
     assert batch.attention.num_decode == 3
     assert batch.moe.rows == (2, 1, 3, 2)

@@ -19,7 +19,7 @@ from nonet.weights.slots import SlotWeights
 
 DTYPES = [torch.float32, torch.bfloat16]
 # of bfloat16: kernels round once, the plain form after each operation
-TOLERANCE = {torch.float32: dict(atol=2e-6, rtol=2e-6), torch.bfloat16: dict(atol=2e-2, rtol=2e-2)}
+TOLERANCE = {torch.float32: dict(atol=1e-5, rtol=1e-5), torch.bfloat16: dict(atol=2e-2, rtol=2e-2)}
 
 
 def draw(*shape: int, dtype: torch.dtype, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
@@ -81,14 +81,15 @@ def test_placing_q_k_and_v(T, H, h, d, normed, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("B", "H", "h", "d", "C"), [(1, 1, 1, 2, 1), (3, 6, 2, 10, 33), (8, 8, 2, 64, 130)])
 def test_decoding(B, H, h, d, C, dtype):
-    cache = tuple(draw(B * C + 3, h, d, dtype=dtype, seed=s) for s in (1, 2))
-    place_BC = torch.randperm(B * C, generator=torch.Generator().manual_seed(3)).view(B, C)
+    cache = tuple(draw(B * C * 4, h, d, dtype=dtype, seed=s) for s in (1, 2))
+    size = 4
+    block_BN = torch.randperm(B * C, generator=torch.Generator().manual_seed(3)).view(B, C)[:, : -(-C // size)]
     length_B = torch.arange(B) % C + 1
     length_B[0] = C
     q = draw(B, H, d, dtype=dtype) * 3
     out = torch.empty_like(q)
-    attention.decode(q, cache, place_BC, length_B, out)
-    near(out, specified_attention.decode(q, cache, place_BC, length_B), dtype)
+    attention.decode(q, cache, block_BN.contiguous(), length_B, size, out)
+    near(out, specified_attention.decode(q, cache, block_BN, length_B, size), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

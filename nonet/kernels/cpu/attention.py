@@ -1,7 +1,7 @@
 """Around attention on CPUs: norm and rotation of q and k with the write to the cache, and decoding from the cache.
 
 Specified by `layers.attention`. Legend: T tokens, H query heads, h KV heads, d head_dim, B decoding sequences,
-C longest context.
+N blocks of the longest context.
 """
 
 from __future__ import annotations
@@ -40,9 +40,17 @@ def place_qkv(
     return q
 
 
-def decode(q_BHd: Tensor, cache: tuple[Tensor, Tensor], place_BC: Tensor, length_B: Tensor, out_BHd: Tensor) -> None:
-    """Into out: each sequence's one token attends to the places of its context, length_B of them."""
-    _decode(view(q_BHd), view(cache[0]), view(cache[1]), view(place_BC), view(length_B), view(out_BHd))
+def decode(
+    q_BHd: Tensor,
+    cache: tuple[Tensor, Tensor],
+    block_BN: Tensor,
+    length_B: Tensor,
+    block_size: int,
+    out_BHd: Tensor,
+) -> None:
+    """Into out: each sequence's one token attends to its context, the first length_B places of its blocks."""
+    blocks = view(block_BN), view(length_B), block_size
+    _decode(view(q_BHd), view(cache[0]), view(cache[1]), *blocks, view(out_BHd))
 
 
 @jit(
@@ -90,15 +98,15 @@ def _softmax(score):
         score[c] /= mass
 
 
-@jit(*for_types("void(T[:,:,::1], T[:,:,::1], T[:,:,::1], int64[:,::1], int64[::1], T[:,:,::1])"))
-def _decode(q, keys, values, place, length, out):
+@jit(*for_types("void(T[:,:,::1], T[:,:,::1], T[:,:,::1], int64[:,::1], int64[::1], int64, T[:,:,::1])"))
+def _decode(q, keys, values, blocks, length, size, out):
     B, H, d = q.shape
     h = keys.shape[1]
     G = H // h  # query heads that share a KV head
     factor = np.float32(1) / np.sqrt(np.float32(d))
     query, total = np.empty((G, d), np.float32), np.empty((G, d), np.float32)
     row = np.empty(d, np.float32)
-    weight = np.empty((G, place.shape[1]), np.float32)
+    weight = np.empty((G, blocks.shape[1] * size), np.float32)
     for b in range(B):
         C = length[b]
         for shared in range(h):
@@ -106,7 +114,7 @@ def _decode(q, keys, values, place, length, out):
                 for i in range(d):
                     query[g, i] = f32(q[b, shared * G + g, i]) * factor
             for c in range(C):
-                key = keys[place[b, c], shared]
+                key = keys[blocks[b, c // size] * size + c % size, shared]
                 for i in range(d):
                     row[i] = f32(key[i])
                 for g in range(G):
@@ -118,7 +126,7 @@ def _decode(q, keys, values, place, length, out):
                 _softmax(weight[g, :C])
             total[:] = np.float32(0)
             for c in range(C):
-                value = values[place[b, c], shared]
+                value = values[blocks[b, c // size] * size + c % size, shared]
                 for i in range(d):
                     row[i] = f32(value[i])
                 for g in range(G):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nonet.kernels.cpu import view
+from nonet.kernels.cpu.dot import MOST_ROWS, dots
 from nonet.kernels.cpu.scalar import exp, f32, for_types, jit, put
 
 
@@ -41,46 +42,24 @@ def _activate(both, out):
 
 @jit(*for_types("void(T[:,::1], int64[::1], int64[::1], int64[::1], T[:,:,::1], T[:,:,::1], T[:,::1])"))
 def _run(x, row, start, count, gate_up, down, out):
-    D = x.shape[1]
-    width = down.shape[2]
-    a, b = np.empty(D, np.float32), np.empty(D, np.float32)  # two pairs share each read of the weights
-    act_a, act_b = np.empty(2 * width, np.float32), np.empty(2 * width, np.float32)
+    D, width = x.shape[1], down.shape[2]
+    own, act = np.zeros((MOST_ROWS, D), x.dtype), np.zeros((MOST_ROWS, width), x.dtype)
+    both, total = np.empty((MOST_ROWS, 2 * width), np.float32), np.empty(MOST_ROWS, np.float32)
     for s in range(len(count)):
-        for m in range(start[s], start[s] + count[s], 2):
-            both = m + 1 < start[s] + count[s]
-            for d in range(D):
-                a[d] = f32(x[row[m], d])
-            if both:
-                for d in range(D):
-                    b[d] = f32(x[row[m + 1], d])
+        end = start[s] + count[s]
+        for first in range(start[s], end, MOST_ROWS):
+            rows = min(MOST_ROWS, end - first)
+            for r in range(rows):
+                own[r] = x[row[first + r]]
             for i in range(2 * width):
-                w = gate_up[s, i]
-                if both:
-                    sum_a, sum_b = np.float32(0), np.float32(0)
-                    for d in range(D):
-                        sum_a += f32(w[d]) * a[d]
-                        sum_b += f32(w[d]) * b[d]
-                    act_a[i], act_b[i] = sum_a, sum_b
-                else:
-                    sum_a = np.float32(0)
-                    for d in range(D):
-                        sum_a += f32(w[d]) * a[d]
-                    act_a[i] = sum_a
-            for i in range(width):
-                act_a[i] = act_a[i] / (np.float32(1) + exp(-act_a[i])) * act_a[width + i]
-                if both:
-                    act_b[i] = act_b[i] / (np.float32(1) + exp(-act_b[i])) * act_b[width + i]
+                dots(gate_up[s, i], own, rows, total)
+                for r in range(rows):
+                    both[r, i] = total[r]
+            for r in range(rows):
+                for i in range(width):
+                    g = both[r, i]
+                    put(act[r], i, g / (np.float32(1) + exp(-g)) * both[r, width + i])
             for d in range(D):
-                w = down[s, d]
-                if both:
-                    sum_a, sum_b = np.float32(0), np.float32(0)
-                    for i in range(width):
-                        sum_a += f32(w[i]) * act_a[i]
-                        sum_b += f32(w[i]) * act_b[i]
-                    put(out[m], d, sum_a)
-                    put(out[m + 1], d, sum_b)
-                else:
-                    sum_a = np.float32(0)
-                    for i in range(width):
-                        sum_a += f32(w[i]) * act_a[i]
-                    put(out[m], d, sum_a)
+                dots(down[s, d], act, rows, total)
+                for r in range(rows):
+                    put(out[first + r], d, total[r])
