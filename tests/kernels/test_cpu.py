@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from nonet.kernels import cpu
-from nonet.kernels.cpu import attention, experts, norm, routing, rows
+from nonet.kernels.cpu import attention, exchange, experts, norm, routing, rows
 from nonet.layers import attention as specified_attention
 from nonet.layers.norm import rms_norm_reference
 from nonet.layers.rope import Rope
@@ -162,23 +162,50 @@ def test_rows_are_moved_bit_by_bit(dtype):
     assert np.array_equal(rows.words(padded), rows.words(want))
     back = rows.collect(padded.transpose(1, 2).contiguous(), start_S, count_S, 3)
     assert np.array_equal(rows.words(back), rows.words(x_ND[row_M]))
-    joined = rows.join(torch.stack([x_ND, x_ND]), [2, 1])
-    assert np.array_equal(rows.words(joined), rows.words(x_ND[[0, 1, 0]]))
     total_TD = torch.ones(4, 3)
     rows.add_rows(total_TD, torch.tensor([3, 1]), x_ND[4:])
     assert torch.equal(total_TD, torch.ones(4, 3).index_add(0, torch.tensor([3, 1]), x_ND[4:].float()))
 
 
-def test_pushing_a_token_once_with_its_note():
-    x_TD = draw(4, 2, dtype=torch.bfloat16)
-    slot_TK, weight_TK = torch.tensor([[0, 3], [4, 5], [-1, -1], [3, 4]]), torch.arange(8.0).view(4, 2) / 8
-    x_to, note_to = torch.zeros(4, 2, dtype=torch.bfloat16), torch.full((4, 4), 99, dtype=torch.int32)
-    assert rows.push(x_TD, (slot_TK, weight_TK), (3, 5), x_to, note_to).tolist() == [0, 1, 3]
-    assert torch.equal(x_to[:3], x_TD[[0, 1, 3]])
-    assert not x_to[3].any()
-    assert note_to[:3, :2].tolist() == [[0, 3], [4, 5], [3, 4]]
-    assert torch.equal(note_to[:3, 2:].contiguous().view(torch.float32), weight_TK[[0, 1, 3]])
-    assert (note_to[3] == 99).all()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_exchange_between_two_ranks_in_one_process(dtype):
+    """Rank 0 of 2 holds slots 0-2, rank 1 slots 3-4. Each sends, receives, answers twice what it got, and pulls."""
+    bound_R, K, D = np.array([0, 3, 5]), 2, 3
+    x = [torch.zeros(2, 4, D, dtype=dtype) for _ in range(2)]
+    note = [torch.full((2, 4, 2 * K), 99, dtype=torch.int32) for _ in range(2)]
+    flags, ready = (torch.zeros(2, 2, dtype=torch.int64) for _ in range(2))
+    y = [torch.full((8, D), torch.nan, dtype=dtype) for _ in range(2)]
+    x_TD = [draw(3, D, dtype=dtype, seed=1), draw(2, D, dtype=dtype, seed=2)]
+    slot_TK = [torch.tensor([[0, 3], [-1, -1], [1, 2]]), torch.tensor([[4, 3], [2, 4]])]
+    weight_TK = [torch.rand(s.shape) for s in slot_TK]
+    sent = []
+    for me in range(2):
+        to = tuple(exchange.addresses([part[r][me] for r in range(2)]) for part in (x, note))
+        to = (*to, exchange.addresses([flags[r, me] for r in range(2)]))
+        assert not exchange.arrived(exchange.addresses([flags[r, me] for r in range(2)]), 7)
+        sent.append(exchange.send(x_TD[me], slot_TK[me], weight_TK[me], bound_R, to, me, 7))
+    assert [[row[:n].tolist() for row, n in zip(*part, strict=True)] for part in sent] == [[[0, 2], [0]], [[1], [0, 1]]]
+    for me in range(2):
+        mine = exchange.addresses([flags[me, r] for r in range(2)])
+        assert exchange.arrived(mine, 7)
+        assert not exchange.arrived(mine, 8)
+        count_R = exchange.numbers(mine)
+        assert count_R.tolist() == [[2, 1], [1, 2]][me]
+        got, (row_M, weight_M, pair_NK, start_S, count_S) = exchange.receive(
+            x[me], note[me], count_R, int(bound_R[me]), int(bound_R[me + 1] - bound_R[me])
+        )
+        assert torch.equal(got, [torch.cat([x_TD[0][[0, 2]], x_TD[1][[1]]]), torch.cat([x_TD[0][[0]], x_TD[1]])][me])
+        assert count_S.tolist() == [[1, 1, 2], [2, 2]][me]
+        assert pair_NK.tolist() == [[[0, -1], [1, 2], [3, -1]], [[-1, 0], [2, 1], [-1, 3]]][me]
+        assert row_M[: int(count_S.sum())].tolist() == [[0, 1, 1, 2], [0, 1, 1, 2]][me]
+        assert float(weight_M[0]) == float([weight_TK[0][0, 0], weight_TK[0][0, 1]][me])
+        exchange.publish(got * 2, y[me], count_R, exchange.addresses([ready[me, r] for r in range(2)]), 7)
+    for me in range(2):
+        back = exchange.addresses([ready[r, me] for r in range(2)])
+        assert exchange.arrived(back, 7)
+        pulled = exchange.pull(exchange.addresses(y), exchange.numbers(back), sent[me], x_TD[me])
+        times = torch.tensor([[4.0, 0.0, 2.0], [2.0, 4.0]][me]).unsqueeze(1)  # once from each rank that got it
+        assert torch.equal(pulled, (x_TD[me].float() * times).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

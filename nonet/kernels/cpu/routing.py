@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numba import njit
 from torch import Tensor
 
 from nonet.kernels.cpu import view
@@ -96,11 +97,9 @@ def _look_up(expert, slots, replicas, first, out):
             came[e] += 1
 
 
-@jit(
-    "void(int64[:,:], float32[:,:], int64, int64[::1], float32[::1], int64[:,::1], int64[::1], int64[::1])",
-    "void(int32[:,:], float32[:,:], int64, int64[::1], float32[::1], int64[:,::1], int64[::1], int64[::1])",
-)
-def _group(slot, weight, first, row_out, weight_out, pair, start, count):
+@njit(nogil=True)
+def assign(slot, weight, first, row_out, weight_out, pair, start, count):
+    """A counting sort of the pairs by slot; what lies outside first .. first + S - 1 is on another rank."""
     N, K = slot.shape
     S = len(count)
     count[:] = 0
@@ -123,3 +122,11 @@ def _group(slot, weight, first, row_out, weight_out, pair, start, count):
                 row_out[m], weight_out[m], pair[n, k] = n, weight[n, k], m
             else:
                 pair[n, k] = -1
+
+
+@jit(
+    "void(int64[:,:], float32[:,:], int64, int64[::1], float32[::1], int64[:,::1], int64[::1], int64[::1])",
+    "void(int32[:,:], float32[:,:], int64, int64[::1], float32[::1], int64[:,::1], int64[::1], int64[::1])",
+)
+def _group(slot, weight, first, row_out, weight_out, pair, start, count):
+    assign(slot, weight, first, row_out, weight_out, pair, start, count)

@@ -1,12 +1,10 @@
-"""Moving and summing rows: by router weights, into padded batches, into the windows of other ranks.
+"""Moving and summing rows: by router weights, into padded batches and out of them.
 
 Specified by `moe.base.sum_pairs`, used by expert kernels and `moe.all2all.shm`. Rows that are only moved pass as words
 of their size, whatever their type. Legend: see moe/base.py; C padded rows of a slot.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -44,37 +42,9 @@ def collect(y_SDC: Tensor, start_S: Tensor, count_S: Tensor, total: int) -> Tens
     return out
 
 
-def push(x_TD: Tensor, note_TK: tuple[Tensor, Tensor], span: tuple[int, int], x_to: Tensor, note_to: Tensor) -> Tensor:
-    """Copy each token with a slot in span, once, and its note; returns the tokens (int64), in order.
-
-    A note is K int32 slots and K float32 router weights (as bits), of slot_TK (int64) and weight_TK.
-    """
-    token = np.empty(x_TD.shape[0], np.int64)
-    slot, weight = note_TK[0].numpy(), note_TK[1].view(torch.int32).numpy()
-    count = _push(words(x_TD), slot, weight, *span, words(x_to), note_to.numpy(), token)
-    return torch.from_numpy(token[:count])
-
-
-def join(x_RBD: Tensor, counts: Sequence[int]) -> Tensor:
-    """[N, D]: the first `counts[r]` rows of each part r."""
-    count = np.array(counts, dtype=np.int64)
-    out = torch.empty((int(count.sum()), x_RBD.shape[2]), dtype=x_RBD.dtype)
-    _join(words(x_RBD), count, words(out))
-    return out
-
-
 def add_rows(total_TD: Tensor, token_P: Tensor, y_PD: Tensor) -> None:
     """total (float32) += y, whose row p belongs to token p."""
     _add(view(total_TD), view(token_P), view(y_PD.float() if y_PD.dtype == torch.float16 else y_PD))
-
-
-@jit(*(f"void({t}[:,:,::1], int64[::1], {t}[:,::1])" for t in ("uint16", "uint32")))
-def _join(x, count, out):
-    n = 0
-    for r in range(len(count)):
-        for b in range(count[r]):
-            out[n] = x[r, b]
-            n += 1
 
 
 @jit(*for_types("void(float32[:,::1], int64[::1], T[:,::1])"))
@@ -125,26 +95,3 @@ def _collect(y, start, count, out):
             to = out[start[s] + c]
             for d in range(D):
                 to[d] = y[s, d, c]
-
-
-@jit(
-    *(
-        f"int64({t}[:,::1], int64[:,::1], int32[:,::1], int64, int64, {t}[:,::1], int32[:,::1], int64[::1])"
-        for t in ("uint16", "uint32")
-    )
-)
-def _push(x, slot, weight, first, end, x_to, note_to, token):
-    T, K = slot.shape
-    count = 0
-    for t in range(T):
-        here = False
-        for k in range(K):
-            here |= first <= slot[t, k] < end
-        if here:
-            x_to[count] = x[t]
-            for k in range(K):
-                note_to[count, k] = slot[t, k]
-                note_to[count, K + k] = weight[t, k]
-            token[count] = t
-            count += 1
-    return count
