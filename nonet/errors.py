@@ -1,13 +1,14 @@
-"""Every error nonet raises, and what each means to a caller.
+"""Every error nonet raises, and what each means to a caller: the exit code of a command, the status of a reply.
 
-    NonetError
-    |-- ConfigError        a setting is wrong: field, value, remedy        exit 2
-    |-- RequestError       a request is wrong: field, value, remedy        HTTP 400
-    |-- CapacityError      the request can never fit, or no room now       HTTP 503
-    |-- ModelError         a checkpoint is missing, broken or unknown      exit 3
-    |-- CommError          ranks could not talk to each other              exit 4
-    |   |-- CommTimeout    a bounded wait ended; names the missing ranks
-    |-- EngineDeadError    a rank or the supervisor ended; names it        HTTP 503, exit 5
+    error                                                              exit  HTTP
+    NonetError                                                            1   500
+    |-- ConfigError        a setting is wrong: field, value, remedy       2   400
+    |-- RequestError       a request is wrong: field, value, remedy       2   400
+    |-- CapacityError      the request can never fit, or no room now      1   503
+    |-- ModelError         a checkpoint is missing, broken or unknown     3   500
+    |-- CommError          ranks could not talk to each other             4   503
+    |   |-- CommTimeout    a bounded wait ended; names the missing ranks  4   503
+    |-- EngineDeadError    a rank or the supervisor ended; names it       5   503
 
 Used by every floor; knows none of them.
 """

@@ -13,10 +13,12 @@ import pytest
 import yaml
 
 import nonet
+from nonet import errors
 from nonet.cli.main import app, parse_settings
 from nonet.config import load_config
+from nonet.config.dialects.words import lookup
 from nonet.config.schema import EngineConfig
-from nonet.errors import CapacityError, ConfigError
+from nonet.errors import CapacityError, ConfigError, NonetError
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def test_help_names_every_command(cli):
     assert (code, err) == (0, "")
     commands = re.search(r"Commands:\n((?:  .*\n)+)", out)
     assert commands is not None
-    assert re.findall(r"^  (\w+)", commands[1], re.MULTILINE) == ["demo", "generate", "config"]
+    assert re.findall(r"^  (\w+)", commands[1], re.MULTILINE) == ["serve", "generate", "bench", "demo", "config"]
 
 
 def test_no_arguments_shows_help(cli, monkeypatch):
@@ -50,7 +52,7 @@ def test_no_arguments_shows_help(cli, monkeypatch):
     assert cli() == cli("--help")
 
 
-@pytest.mark.parametrize("command", ["demo", "generate", "config"])
+@pytest.mark.parametrize("command", ["serve", "generate", "bench", "demo", "config"])
 def test_help_of_a_command(cli, command):
     code, out, err = cli(command, "--help")
     assert (code, err) == (0, "")
@@ -60,10 +62,10 @@ def test_help_of_a_command(cli, command):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["serv"], "No such command 'serv'."),
+        (["serv"], "No such command 'serv'. Did you mean 'serve'?"),
         (["demo", "--rank", "4"], "No such option: --rank (Possible options: --ranks)"),
         (["demo", "--ranks", "0"], "Invalid value for '--ranks': Input should be greater than or equal to 1"),
-        (["generate"], "Missing argument 'model'."),
+        (["generate"], "Missing option '--prompt' / '-p'."),
         (["generate", "nonet-tiny"], "Missing option '--prompt' / '-p'."),
     ],
 )
@@ -82,9 +84,9 @@ def test_mistakes_of_the_command_line(cli, arguments, message):
          "model = 'nowhere': no such folder; give a checkpoint's folder or one of: nonet-tiny"),
         (["demo", "--backend", "shn"], "all2all_backend = 'shn': did you mean 'shm'?"),
         (["generate", "nonet-tiny", "-p", "a", "--set", "blok_size=4"],
-         "blok_size = 4: unknown setting; did you mean 'block_size'?"),
+         "--set blok_size = 4: unknown key; did you mean 'block_size'?"),
         (["generate", "nonet-tiny", "-p", "a", "--set", "block_size=0"],
-         "cache.block_size = 0: input should be greater than or equal to 1"),
+         "--set block_size = 0: input should be greater than or equal to 1"),
         (["generate", "nonet-tiny", "-p", "a", "--set", "block_size"],
          "--set = 'block_size': use name=value, as in --set data_parallel_size=4"),
         (["generate", "nonet-tiny", "-p", "a", "--temperature", "-1"], "temperature = -1.0: use 0 (greedy) to 100"),
@@ -100,6 +102,20 @@ def test_a_broken_checkpoint(cli, tmp_path):
     path.write_text(json.dumps({"architectures": ["Qwen3MoeForCausalLM"], "num_attention_heads": 4}))
     message = f"error: {path}: key 'num_hidden_layers' is missing\n"
     assert cli("generate", str(tmp_path), "-p", "a") == (3, "", message)
+
+
+def test_the_table_of_errors_is_true():
+    """The drawing at the top of errors.py: name, exit code, status, and who stands below whom."""
+    line = r"^    ((?:\|   )*)(?:\|-- )?(\w+Error|CommTimeout)\b.*?(\d)\s+(\d{3})$"
+    rows = re.findall(line, errors.__doc__ or "", re.MULTILINE)
+    drawn = {name: (int(code), int(status)) for _, name, code, status in rows}
+    classes = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, NonetError)]
+    public = {kind.__name__: kind for kind in classes if not kind.__name__.startswith("_")}
+    assert drawn == {name: (kind.exit_code, kind.http_status) for name, kind in public.items()}
+    below = {name: len(bars) // 4 for bars, name, _, _ in rows}
+    for name, kind in public.items():
+        above = [one for one in kind.__mro__[1:] if one in public.values()]
+        assert below[name] == max(0, len(above) - 1), name
 
 
 def test_errors_keep_their_exit_code_and_stay_on_one_line(cli, monkeypatch):
@@ -137,10 +153,17 @@ def test_interruption(cli, monkeypatch):
 
 
 def test_settings_are_read_as_yaml():
-    pairs = ["a=4", "b=true", "c=x=y", "d=[1, 2]", "e=", "f=1.5"]
-    assert parse_settings(pairs) == {"a": 4, "b": True, "c": "x=y", "d": [1, 2], "e": None, "f": 1.5}
+    pairs = ["block_size=4", "strict=true", "chat_template=x=y", "served_model_name=[a, b]", "num_blocks=",
+             "max_num_tokens=8", "load_balancer={num_slots: 6}"]  # fmt: skip
+    said = parse_settings(pairs)
+    assert [one.value for one in said] == [4, True, "x=y", ["a", "b"], None, 8, 6]
+    assert [lookup(one.word) for one in said] == [
+        "cache.block_size", "runtime.strict", "server.chat_template", "server.served_model_name", "cache.num_blocks",
+        "moe.max_num_tokens", "moe.load_balancer.num_slots",
+    ]  # fmt: skip
+    assert [one.origin for one in said[-2:]] == ["--set max_num_tokens", "--set load_balancer.num_slots"]
     with pytest.raises(ConfigError, match="is not YAML"):
-        parse_settings(["a=[1"])
+        parse_settings(["block_size=[1"])
 
 
 def test_config_prints_every_setting_with_its_help(cli):

@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from nonet.cli.flags import EngineCommand, RawCommand, ServeCommand, said
+from nonet.config.dialects import Said
 from nonet.errors import ConfigError, NonetError, RequestError
 
 _INTERRUPTED = 130
@@ -78,7 +80,64 @@ def _options(
     pass
 
 
-@_cli.command()
+@_cli.command(cls=ServeCommand)
+def serve(
+    ctx: typer.Context,
+    model: Annotated[str | None, typer.Argument(help="Folder of a checkpoint, or a shipped model's name.")] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print what would run and where values come from; start nothing.")
+    ] = False,
+) -> None:
+    """Serve a model over HTTP, with OpenAI's routes.
+
+    Takes vLLM's flags and, as --config FILE, TensorRT-LLM's YAML; every setting is a flag.
+    """
+    from nonet.cli.serve import run
+
+    raise typer.Exit(run(said(ctx, model), print_config=print_config))
+
+
+@_cli.command(cls=EngineCommand, short_help="Continue prompts and print them.")
+def generate(
+    ctx: typer.Context,
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="A prompt; may be repeated.")],
+    model: Annotated[str | None, typer.Argument(help="Folder of a checkpoint, or a shipped model's name.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to generate for each prompt.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Share of the probability that may be drawn.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Seed of the random draws.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting of `nonet config`; repeatable.")
+    ] = None,
+) -> None:
+    """Continue one or more prompts and print each with its continuation.
+
+    Takes the flags that `nonet serve --help` lists.
+    """
+    from nonet.config.dialects import read_said
+    from nonet.engine.llm import LLM
+    from nonet.types import SamplingParams
+
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    if not all(prompt):
+        raise RequestError("prompt", "", "must not be empty")
+    given = read_said([*said(ctx, model), *parse_settings(settings or [])])
+    for note in given.notes:
+        typer.echo(f"note: {note}", err=True)
+    with LLM(given.config) as llm:
+        for output in llm.generate(prompt, params):
+            typer.echo(f"{output.prompt}{output.outputs[0].text}")
+
+
+@_cli.command(cls=RawCommand, short_help="Measure throughput, latency or a running server.")
+def bench(ctx: typer.Context) -> None:
+    """Measure throughput, latency or a running server. `nonet bench --help` says how."""
+    from nonet.cli.bench import main
+
+    raise typer.Exit(main(ctx.args))
+
+
+@_cli.command(short_help="Show expert-parallel ranks at work on this host's CPUs.")
 def demo(
     model: Annotated[str, typer.Option(help="Folder of a checkpoint, or a shipped model's name.")] = "nonet-tiny",
     ranks: Annotated[int, typer.Option(min=1, help="Data-parallel ranks that share the experts.")] = 4,
@@ -91,48 +150,28 @@ def demo(
     run(model=model, ranks=ranks, max_tokens=max_tokens, backend=backend)
 
 
-@_cli.command()
-def generate(
-    model: Annotated[str, typer.Argument(help="Folder of a checkpoint, or a shipped model's name.")],
-    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="A prompt; may be repeated.")],
-    max_tokens: Annotated[int, typer.Option(help="Tokens to generate for each prompt.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Share of the probability that may be drawn.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Seed of the random draws.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting of `nonet config`; repeatable.")
-    ] = None,
-) -> None:
-    """Continue one or more prompts and print each with its continuation."""
-    from nonet.config import build_config
-    from nonet.engine.llm import LLM
-    from nonet.types import SamplingParams
-
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    if not all(prompt):
-        raise RequestError("prompt", "", "must not be empty")
-    with LLM(build_config(model, **parse_settings(settings or []))) as llm:
-        for output in llm.generate(prompt, params):
-            typer.echo(f"{output.prompt}{output.outputs[0].text}")
-
-
-def parse_settings(pairs: list[str]) -> dict[str, Any]:
-    """`name=value` pairs; values are read as YAML, so numbers, true and lists come out as such."""
+def parse_settings(pairs: list[str]) -> list[Said]:
+    """`name=value` pairs; values are read as YAML, so numbers, true and lists come out as such. Raises ConfigError."""
     import yaml
 
-    settings: dict[str, Any] = {}
+    from nonet.config.dialects.files import flatten
+    from nonet.config.load import leaves
+
+    settings: list[Said] = []
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise ConfigError("--set", pair, "use name=value, as in --set data_parallel_size=4")
         try:
-            settings[name] = yaml.safe_load(value)
+            full = leaves().get(name, name)
+            tree = {full: yaml.safe_load(value)}
         except yaml.YAMLError as error:
-            raise ConfigError(name, value, f"is not YAML: {' '.join(str(error).split())}") from error
+            raise ConfigError(f"--set {name}", value, f"is not YAML: {' '.join(str(error).split())}") from error
+        settings += flatten(tree, lambda key, name=name, full=full: f"--set {name if key == full else key}")  # type: ignore[misc]
     return settings
 
 
-@_cli.command()
+@_cli.command(short_help="Print every setting with its help text and default.")
 def config() -> None:
     """Print every setting with its help text and default, as YAML that `load_config` reads."""
     from nonet.cli.settings import render

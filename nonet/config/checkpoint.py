@@ -44,13 +44,17 @@ class ModelSpec:
 
 def find_folder(model: str) -> Path:
     """The checkpoint's folder: a path, or the name of a model that is shipped. Raises ConfigError."""
-    path = Path(model).expanduser()
-    if (path / "config.json").is_file():
-        return path
-    shipped = SHIPPED / model
-    if (shipped / "config.json").is_file():
-        return shipped
-    if path.is_dir():
+    try:
+        path = Path(model).expanduser()
+        if (path / "config.json").is_file():
+            return path
+        shipped = SHIPPED / model
+        if (shipped / "config.json").is_file():
+            return shipped
+        is_folder = path.is_dir()
+    except (OSError, ValueError, RuntimeError) as error:  # no permission; a name no file can have; no such user
+        raise ConfigError("model", model, f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if is_folder:
         raise ConfigError("model", model, "the folder has no config.json; give a checkpoint in Hugging Face form")
     names = sorted(p.parent.name for p in SHIPPED.glob("*/config.json"))
     raise ConfigError("model", model, f"no such folder; give a checkpoint's folder or one of: {', '.join(names)}")

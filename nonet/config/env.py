@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Mapping
 
 from nonet.config.schema import EngineConfig
@@ -21,20 +22,43 @@ def _flag(name: str, value: str) -> bool:
     raise ConfigError(name, value, "use 0 or 1")
 
 
+def _count(name: str, value: str) -> int:
+    if not value.isdecimal() or int(value) < 1:
+        raise ConfigError(name, value, "use a positive count")
+    return int(value)
+
+
 # variable -> (leaf of the configuration, how to read it)
 VARIABLES: dict[str, tuple[str, Callable[[str, str], object]]] = {
     "VLLM_MOE_ROUTING_SIMULATION_STRATEGY": ("routing_simulation", _text),
     "VLLM_RANDOMIZE_DP_DUMMY_INPUTS": ("randomize_dp_dummy_inputs", _flag),
+    "VLLM_MOE_DP_CHUNK_SIZE": ("dp_chunk_size", _count),
+}
+
+# variable -> what it asks for and is not built
+MISSING = {"EXPERT_STATISTIC_ITER_RANGE": "recording of expert statistics"}
+
+# variable -> why it may be set and stands for no setting
+HARMLESS = {
+    "EXPERT_STATISTIC_PATH": "Only a folder, for what EXPERT_STATISTIC_ITER_RANGE asks for.",
+    "GLOO_SOCKET_IFNAME": "Read by PyTorch's gloo in the ranks; an interface that is not there is refused.",
+    "TRTLLM_EPLB_SHM_NAME": "Shared memory has no names here, so several servers on a host need none.",
 }
 
 
 def settings(environ: Mapping[str, str] = os.environ) -> dict[str, object]:
-    """Settings that the environment asks for, by leaf name. Raises ConfigError for a bad value."""
+    """Settings that the environment asks for, by leaf name. Raises ConfigError for a bad value or a missing feature."""
+    for variable, feature in MISSING.items():
+        if environ.get(variable):
+            raise ConfigError(variable, environ[variable], f"{feature} is not built yet; unset it")
     return {
-        leaf: read(variable, environ[variable])
-        for variable, (leaf, read) in VARIABLES.items()
-        if environ.get(variable)
+        leaf: read(variable, environ[variable]) for variable, (leaf, read) in VARIABLES.items() if environ.get(variable)
     }
+
+
+def variable_of(leaf: str) -> str:
+    """The variable that stands for a setting."""
+    return next(variable for variable, (name, _) in VARIABLES.items() if name == leaf)
 
 
 def omp_num_threads(environ: Mapping[str, str] = os.environ) -> int | None:
@@ -42,9 +66,15 @@ def omp_num_threads(environ: Mapping[str, str] = os.environ) -> int | None:
     value = environ.get("OMP_NUM_THREADS")
     if not value:
         return None
-    if not value.isdigit() or int(value) < 1:
-        raise ConfigError("OMP_NUM_THREADS", value, "use a positive count")
-    return int(value)
+    return _count("OMP_NUM_THREADS", value)
+
+
+def check_network(environ: Mapping[str, str] = os.environ) -> None:
+    """Raise ConfigError if gloo is told to use a network interface that is not there."""
+    there = [name for _, name in socket.if_nameindex()]
+    for name in filter(None, environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
+        if name not in there:
+            raise ConfigError("GLOO_SOCKET_IFNAME", name, f"no such network interface; here are: {', '.join(there)}")
 
 
 def rank_environment(config: EngineConfig, environ: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -1,12 +1,15 @@
 """Turns every "auto" and default into a value, once, against the checkpoint and the machine; refuses what cannot work.
 
-Called by the front end before any rank starts. The result is what ranks receive; nobody edits it again.
+Called by the front end before any rank starts. The result is what ranks receive; nobody edits it again. Where a value
+that was asked for gives way to another, a note says so, or with `strict` the start is refused.
 Knows no tensors: whether there is a GPU is passed in.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+from dataclasses import dataclass
 
 from nonet import plugins
 from nonet.config import env
@@ -20,17 +23,49 @@ from nonet.config.schema import (
     RuntimeConfig,
     ScheduleConfig,
 )
-from nonet.errors import ConfigError
+from nonet.errors import ConfigError, nearest
 
 CPU_KV_CACHE_BYTES = 1 << 30
+log = logging.getLogger("nonet")
+
+# All-to-alls named after libraries that are not used here: the role each stands for.
+ALL2ALL_ROLES = {
+    "pplx": "exchange within a node",
+    "deepep_high_throughput": "exchange for prefill",
+    "deepep_low_latency": "exchange for decode",
+    "flashinfer_all2allv": "exchange over NVLink between nodes",
+}
+BACKEND_OF_ROLES = {"cpu": "shm", "cuda": "all2allv"}
+
+
+@dataclass(frozen=True)
+class Note:
+    """A value that was asked for and gave way to another. `strict` refuses it."""
+
+    field: str
+    value: object
+    instead: str
+
+    def __str__(self) -> str:
+        return f"{self.field} = {self.value!r}: {self.instead}"
 
 
 def resolve(config: EngineConfig, spec: ModelSpec, *, num_gpus: int) -> EngineConfig:
-    """The configuration with no value left open.
+    """The configuration with no value left open. Values that gave way to others are logged, a line each.
 
     Raises ConfigError for what cannot work together, ModelError for what the model needs and nonet lacks.
     """
+    resolved, notes = settle(config, spec, num_gpus=num_gpus)
+    for note in notes:
+        log.warning("%s", note)
+    return resolved
+
+
+def settle(config: EngineConfig, spec: ModelSpec, *, num_gpus: int) -> tuple[EngineConfig, list[Note]]:
+    """The same without a log: the notes are returned."""
     refuse_unsupported(spec)
+    if config.world_size > 1:
+        env.check_network()
     device = config.parallel.device
     if device == "auto":
         device = "cuda" if num_gpus else "cpu"
@@ -38,16 +73,20 @@ def resolve(config: EngineConfig, spec: ModelSpec, *, num_gpus: int) -> EngineCo
         raise ConfigError("device", "cuda", f"needs {config.world_size} GPUs, {num_gpus} found; use fewer ranks or cpu")
     parallel = config.parallel.model_copy(update={"device": device})
     resolved = config.model_copy(update={"parallel": parallel})
+    notes: list[Note] = []
     _check_heads(resolved, spec)
     resolved = resolved.model_copy(
         update={
             "model": _model(resolved, spec),
             "schedule": _schedule(resolved),
-            "moe": _moe(resolved, spec),
+            "moe": _moe(resolved, spec, notes),
             "runtime": _runtime(resolved),
         }
     )
-    return resolved.model_copy(update={"cache": _cache(resolved, spec)})
+    resolved = resolved.model_copy(update={"cache": _cache(resolved, spec, notes)})
+    if config.runtime.strict and notes:
+        raise ConfigError(notes[0].field, notes[0].value, f"{notes[0].instead}; strict refuses this")
+    return resolved, notes
 
 
 def _check_heads(config: EngineConfig, spec: ModelSpec) -> None:
@@ -93,20 +132,11 @@ def _schedule(config: EngineConfig) -> ScheduleConfig:
     return schedule
 
 
-def _moe(config: EngineConfig, spec: ModelSpec) -> MoeConfig:
-    moe, parallel = config.moe, config.parallel
-    plugins.check("nonet.moe.all2all", moe.all2all_backend, "all2all_backend")
-    update: dict[str, object] = {}
-    if config.world_size == 1:
-        update["all2all_backend"] = "local"
-    elif not parallel.enable_expert_parallel:
-        if moe.combine == "exact":
-            raise ConfigError("combine", "exact", "needs enable_expert_parallel: sliced experts are summed over ranks")
-        update["all2all_backend"] = "tensor"
-    elif moe.all2all_backend in ("local", "tensor"):
-        raise ConfigError(
-            "all2all_backend", moe.all2all_backend, "moves no tokens between ranks; with expert parallelism use another"
-        )
+def _moe(config: EngineConfig, spec: ModelSpec, notes: list[Note]) -> MoeConfig:
+    moe = config.moe
+    update: dict[str, object] = {"all2all_backend": _all2all(config, notes)}
+    if not config.parallel.enable_expert_parallel and config.world_size > 1 and moe.combine == "exact":
+        raise ConfigError("combine", "exact", "needs enable_expert_parallel: sliced experts are summed over ranks")
     if moe.expert_backend == "auto":
         update["expert_backend"] = "grouped"
     else:
@@ -118,16 +148,48 @@ def _moe(config: EngineConfig, spec: ModelSpec) -> MoeConfig:
         update["expert_backend"] = "reference"
     if moe.max_num_tokens is not None and moe.max_num_tokens < config.world_size:
         raise ConfigError("max_num_tokens", moe.max_num_tokens, f"use at least one token a rank: {config.world_size}")
-    update["load_balancer"] = _load_balancer(config, spec)
+    if moe.dp_chunk_size is not None:
+        over_all = moe.dp_chunk_size * config.world_size
+        update["max_num_tokens"] = min(over_all, moe.max_num_tokens or over_all)
+    update["load_balancer"] = _load_balancer(config, spec, notes)
     return moe.model_copy(update=update)
 
 
-def _load_balancer(config: EngineConfig, spec: ModelSpec) -> LoadBalancerConfig:
+def _all2all(config: EngineConfig, notes: list[Note]) -> str:
+    """How tokens travel: nothing is sent by one rank, or where experts are sliced; a role finds the backend it has."""
+    moe, name = config.moe, config.moe.all2all_backend
+    there = plugins.names("nonet.moe.all2all")
+    role = name in ALL2ALL_ROLES and name not in there
+    if not role:
+        if "." not in name and name not in there:
+            raise ConfigError("all2all_backend", name, nearest(name, [*there, *ALL2ALL_ROLES]))
+        plugins.check("nonet.moe.all2all", name, "all2all_backend")
+    asked = "all2all_backend" in moe.model_fields_set
+    if config.world_size == 1:
+        return _instead(name, "local", "one rank sends to nobody", notes if asked else [])
+    if not config.parallel.enable_expert_parallel:
+        why = "without enable_expert_parallel every rank has a slice of every expert"
+        return _instead(name, "tensor", why, notes if asked else [])
+    if name in ("local", "tensor"):
+        raise ConfigError("all2all_backend", name, "moves no tokens between ranks; with expert parallelism use another")
+    if not role:
+        return name
+    device = config.parallel.device
+    return _instead(name, BACKEND_OF_ROLES[device], f"stands for {ALL2ALL_ROLES[name]}, on {device}", notes)
+
+
+def _instead(name: str, backend: str, why: str, notes: list[Note]) -> str:
+    if name != backend:
+        notes.append(Note("all2all_backend", name, f"{why}: {backend!r} is used"))
+    return backend
+
+
+def _load_balancer(config: EngineConfig, spec: ModelSpec, notes: list[Note]) -> LoadBalancerConfig:
     balancer = config.moe.load_balancer
     if balancer.layer_updates_per_iter:
         updates = balancer.layer_updates_per_iter
         raise ConfigError("layer_updates_per_iter", updates, "online balancing is not built yet; use 0")
-    slots = balancer.num_slots or spec.num_experts
+    redundant, slots = _slots(config, spec, notes)
     if slots < spec.num_experts:
         raise ConfigError("num_slots", slots, f"the model has {spec.num_experts} experts, and each needs a slot")
     if config.parallel.enable_expert_parallel and slots < config.world_size:
@@ -140,7 +202,31 @@ def _load_balancer(config: EngineConfig, spec: ModelSpec) -> LoadBalancerConfig:
         raise ConfigError("num_slots", slots, f"does not divide over {config.world_size} ranks; nearest: {near}")
     if balancer.initial_global_assignments is not None and not config.parallel.enable_expert_parallel:
         raise ConfigError("initial_global_assignments", "(given)", "needs enable_expert_parallel")
-    return balancer.model_copy(update={"num_slots": slots})
+    return balancer.model_copy(update={"num_slots": slots, "num_redundant_experts": redundant})
+
+
+def _slots(config: EngineConfig, spec: ModelSpec, notes: list[Note]) -> tuple[int, int]:
+    """(slots beyond one an expert, all slots). Redundant experts are rounded up so that ranks have equally many."""
+    balancer, ranks = config.moe.load_balancer, config.world_size
+    slots, redundant = balancer.num_slots or spec.num_experts, balancer.num_redundant_experts
+    if redundant is None:
+        return slots - spec.num_experts, slots
+    if balancer.num_slots:
+        beyond = slots - spec.num_experts
+        if beyond != redundant:
+            remedy = f"num_slots = {slots} leaves {beyond} beyond the {spec.num_experts} experts; give one of the two"
+            raise ConfigError("num_redundant_experts", redundant, remedy)
+        return redundant, slots
+    if redundant and not config.parallel.enable_expert_parallel:
+        raise ConfigError("num_redundant_experts", redundant, "replicas need enable_expert_parallel")
+    if redundant:
+        over = -(spec.num_experts + redundant) % ranks
+        if over:
+            slots = spec.num_experts + redundant + over
+            what = f"{spec.num_experts + redundant} slots do not divide over {ranks} ranks: {redundant + over} are used"
+            notes.append(Note("num_redundant_experts", redundant, f"{what}, {slots // ranks} slots a rank"))
+            redundant += over
+    return redundant, spec.num_experts + redundant
 
 
 def _runtime(config: EngineConfig) -> RuntimeConfig:
@@ -161,9 +247,14 @@ def block_bytes(config: EngineConfig, spec: ModelSpec) -> int:
     return 2 * spec.num_layers * config.cache.block_size * heads * spec.head_dim * DTYPE_BYTES[config.model.dtype]
 
 
-def _cache(config: EngineConfig, spec: ModelSpec) -> CacheConfig:
+def _cache(config: EngineConfig, spec: ModelSpec, notes: list[Note]) -> CacheConfig:
     """On CPUs the number of blocks is settled here; on GPUs a rank settles it once the weights are loaded."""
     cache = config.cache
+    fraction = cache.kv_cache_free_gpu_memory_fraction
+    if fraction is not None and config.parallel.device != "cuda":
+        instead = "there is no GPU memory: kv_cache_memory_bytes or num_blocks decides"
+        notes.append(Note("kv_cache_free_gpu_memory_fraction", fraction, instead))
+        cache = cache.model_copy(update={"kv_cache_free_gpu_memory_fraction": None})
     if cache.num_blocks is not None and cache.kv_cache_memory_bytes is not None:
         raise ConfigError("num_blocks", cache.num_blocks, "kv_cache_memory_bytes is given too; give one of the two")
     if cache.num_blocks is not None:

@@ -51,6 +51,12 @@ class CacheConfig(Section):
     gpu_memory_utilization: float = Field(
         0.9, gt=0, le=1, description="Share of a GPU's memory that weights and KV cache may fill."
     )
+    kv_cache_free_gpu_memory_fraction: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Share of the GPU memory left by the weights that the KV cache fills; replaces the share above.",
+    )
     enable_prefix_caching: bool = Field(True, description="Keep finished blocks and reuse them for equal prefixes.")
 
 
@@ -65,6 +71,11 @@ class LoadBalancerConfig(Section):
     """Where experts live. The keys are TensorRT-LLM's."""
 
     num_slots: int | None = Field(None, ge=0, description="Expert slots over all ranks. Default: one an expert.")
+    num_redundant_experts: int | None = Field(
+        None,
+        ge=0,
+        description="Slots beyond one an expert, over all ranks, in place of num_slots; rounded up to fill ranks.",
+    )
     initial_global_assignments: dict[int, list[int]] | None = Field(
         None, description="Layer index -> the expert in each of the num_slots slots; successive slots share a rank."
     )
@@ -84,6 +95,11 @@ class MoeConfig(Section):
     max_num_tokens: int | None = Field(
         None, ge=1, description="Tokens over all ranks that one MoE pass takes; more are chunked. Default: no chunking."
     )
+    dp_chunk_size: int | None = Field(
+        None,
+        ge=1,
+        description="The same limit for the tokens of one rank; the smaller holds. Also VLLM_MOE_DP_CHUNK_SIZE.",
+    )
     load_balancer: LoadBalancerConfig = Field(default_factory=LoadBalancerConfig, description="Placement of experts.")
     routing_simulation: str | None = Field(
         None,
@@ -102,6 +118,11 @@ class RuntimeConfig(Section):
     comm_timeout_s: float = Field(60.0, gt=0, description="Longest wait of a rank for the others inside a step.")
     threads_per_rank: int | None = Field(
         None, ge=1, description="CPU threads of a rank. Default: OMP_NUM_THREADS, else the cores shared evenly."
+    )
+    strict: bool = Field(
+        False,
+        description="Refuse to start where a value would be replaced by what there is here, which otherwise is done "
+        "with one printed line each.",
     )
 
 

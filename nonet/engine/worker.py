@@ -90,8 +90,12 @@ class Worker:
         """Settled by the configuration, or on a GPU by the memory that is left; the least over all ranks."""
         if self.config.cache.num_blocks is not None:
             return self.config.cache.num_blocks
+        cache = self.config.cache
         free, total = torch.cuda.mem_get_info(self.world.device)
-        room = int(total * self.config.cache.gpu_memory_utilization) - (total - free)
+        if cache.kv_cache_free_gpu_memory_fraction is not None:
+            room = int(free * cache.kv_cache_free_gpu_memory_fraction)
+        else:
+            room = int(total * cache.gpu_memory_utilization) - (total - free)
         count = min(self.world.ep.all_gather_object(room // block_bytes(self.config, self.spec) - 1))
         if count < 1:
             raise CapacityError(

@@ -11,7 +11,7 @@ from nonet.config import build_config
 from nonet.config.checkpoint import read_spec
 from nonet.config.env import VARIABLES
 from nonet.config.fleet import Fleet, split_evenly
-from nonet.config.resolve import CPU_KV_CACHE_BYTES, block_bytes, kv_heads_per_rank, resolve
+from nonet.config.resolve import ALL2ALL_ROLES, CPU_KV_CACHE_BYTES, block_bytes, kv_heads_per_rank, resolve
 from nonet.errors import ConfigError, ModelError
 
 
@@ -194,6 +194,85 @@ def test_backends_that_move_no_tokens_are_refused_with_expert_parallelism(refuse
 def test_an_unknown_backend_is_refused_also_where_none_is_needed(refused, settings):
     assert refused(**settings, all2all_backend="naiv") == "all2all_backend = 'naiv': did you mean 'naive'?"
     assert refused(**settings, expert_backend="refrence") == "expert_backend = 'refrence': did you mean 'reference'?"
+
+
+@pytest.mark.parametrize("name", ALL2ALL_ROLES)
+@pytest.mark.parametrize(("gpus", "backend"), [(0, "shm"), (2, "all2allv")])
+def test_a_name_of_a_role_finds_the_backend_of_that_role(resolved, caplog, name, gpus, backend):
+    config = resolved(gpus, **ep(dp=2, all2all_backend=name))
+    assert config.moe.all2all_backend == backend
+    (line,) = caplog.messages
+    assert line.startswith(f"all2all_backend = '{name}': stands for exchange ")
+    assert line.endswith(f"on {config.parallel.device}: '{backend}' is used")
+    caplog.clear()
+    resolve(config, read_spec(config.model.model), num_gpus=gpus)
+    assert caplog.messages == [], "said once"
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"all2all_backend": "shm"}, "one rank sends to nobody: 'local' is used"),
+        (ep(all2all_backend="pplx"), "one rank sends to nobody: 'local' is used"),
+        ({"data_parallel_size": 2, "all2all_backend": "naive"},
+         "without enable_expert_parallel every rank has a slice of every expert: 'tensor' is used"),
+    ],
+)  # fmt: skip
+def test_a_backend_that_was_named_and_is_not_used_is_told(resolved, refused, caplog, settings, line):
+    resolved(**settings)
+    note = f"all2all_backend = '{settings['all2all_backend']}': {line}"
+    assert caplog.messages == [note]
+    assert refused(**settings, strict=True) == f"{note}; strict refuses this"
+
+
+@pytest.mark.parametrize("settings", [{}, ep(), ep(dp=2), {"data_parallel_size": 2}, ep(dp=2, all2all_backend="shm")])
+def test_what_was_not_asked_for_is_not_told(resolved, caplog, settings):
+    resolved(**settings, strict=True)
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("over_all", "of_a_rank", "wanted"), [(None, None, None), (9, None, 9), (None, 4, 8), (6, 4, 6), (10, 4, 8)]
+)
+def test_the_smaller_chunk_holds(resolved, over_all, of_a_rank, wanted):
+    config = resolved(max_num_tokens=over_all, dp_chunk_size=of_a_rank, **ep(dp=2))
+    assert config.moe.max_num_tokens == wanted
+    assert resolve(config, read_spec(config.model.model), num_gpus=0) == config
+
+
+@pytest.mark.parametrize(
+    ("redundant", "dp", "slots", "told"), [(0, 4, 22, 0), (2, 4, 24, 0), (1, 4, 24, 1), (3, 4, 28, 1), (2, 2, 24, 0)]
+)
+def test_redundant_experts_fill_every_rank(resolved, caplog, redundant, dp, slots, told):
+    """22 experts: what is asked for is rounded up to a multiple of the ranks, which is told."""
+    balancer = resolved(num_redundant_experts=redundant, **ep(dp=dp)).moe.load_balancer
+    assert (balancer.num_slots, balancer.num_redundant_experts) == (slots, slots - 22)
+    assert len(caplog.messages) == told
+
+
+def test_redundant_experts_and_slots_are_the_same_thing(resolved, refused):
+    assert resolved(num_slots=24, num_redundant_experts=2, **ep(dp=4)).moe.load_balancer.num_slots == 24
+    message = refused(num_slots=24, num_redundant_experts=4, **ep(dp=4))
+    assert message == "num_redundant_experts = 4: num_slots = 24 leaves 2 beyond the 22 experts; give one of the two"
+    assert refused(num_redundant_experts=2) == "num_redundant_experts = 2: replicas need enable_expert_parallel"
+
+
+def test_a_share_of_the_memory_of_gpus(resolved, refused, caplog):
+    assert resolved(kv_cache_free_gpu_memory_fraction=0.5).cache.num_blocks
+    assert caplog.messages == [
+        "kv_cache_free_gpu_memory_fraction = 0.5: there is no GPU memory: kv_cache_memory_bytes or num_blocks decides"
+    ]
+    assert resolved(1, kv_cache_free_gpu_memory_fraction=0.5).cache.kv_cache_free_gpu_memory_fraction == 0.5
+
+
+def test_an_interface_for_gloo_must_be_there(resolved, refused, monkeypatch):
+    monkeypatch.setattr("socket.if_nameindex", lambda: [(1, "lo"), (2, "eth0")])
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    assert resolved(**ep(dp=2)).world_size == 2
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth1")
+    message = refused(**ep(dp=2))
+    assert message == "GLOO_SOCKET_IFNAME = 'eth1': no such network interface; here are: lo, eth0"
+    assert resolved().world_size == 1, "one rank needs none"
 
 
 def test_exact_needs_expert_parallelism_over_ranks(resolved, refused):
