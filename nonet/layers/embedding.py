@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nonet.comm.group import Group
 from nonet.config.fleet import split_evenly
-from nonet.kernels.linear import linear, pack
+from nonet.kernels.linear import Weight, linear, pack
 from nonet.weights.loader import Checkpoint
 
 
@@ -25,11 +25,11 @@ class Vocabulary:
         bounds = (0, *accumulate(self.rows))
         self.first, self.end = bounds[tp.rank], bounds[tp.rank + 1]
         self.table = checkpoint.read(name, rows=(self.first, self.end))
-        self._packed: Tensor | None = None
+        self._head: Weight | None = None
 
     def as_head(self) -> Vocabulary:
         """Make it ready for `logits`."""
-        self._packed = pack(self.table)
+        self._head = pack(self.table)
         return self
 
     def embed(self, token_T: Tensor, rows: tuple[int, ...]) -> Tensor:
@@ -42,8 +42,8 @@ class Vocabulary:
 
     def logits(self, x_BD: Tensor) -> Tensor:
         """[B, V] on every tensor-parallel rank."""
-        assert self._packed is not None, "as_head() comes first"
-        part_BV = linear(x_BD, self._packed)
+        assert self._head is not None, "as_head() comes first"
+        part_BV = linear(x_BD, self._head)
         if self.tp.size == 1:
             return part_BV
         return self.tp.all_gather_rows(part_BV.t().contiguous(), self.rows).wait().t()

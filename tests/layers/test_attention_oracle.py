@@ -10,7 +10,7 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe import modeling_qwen3_moe as theirs
 
 from nonet.config.fleet import split_evenly
-from nonet.kernels.linear import linear, pack
+from nonet.kernels.linear import Weight, linear, pack
 from nonet.layers.attention import Attention
 from nonet.layers.embedding import Vocabulary
 from nonet.layers.mlp import DenseMlp, span_of
@@ -215,7 +215,7 @@ def test_linear_is_linear_packed_or_not(dtype, rows, bias):
     b = torch.randn(7, generator=generator).to(dtype) if bias else None
     wanted = torch.nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
     got = linear(x, pack(weight), b)
-    torch.testing.assert_close(linear(x, weight, b).double(), wanted, atol=5e-2, rtol=5e-2)
+    torch.testing.assert_close(linear(x, Weight(weight, None), b).double(), wanted, atol=5e-2, rtol=5e-2)
     assert (got.shape, got.dtype) == ((rows, 7), dtype)
     tolerance = 1e-5 if dtype == torch.float32 else 5e-2
     torch.testing.assert_close(got.double(), wanted, atol=tolerance, rtol=tolerance)

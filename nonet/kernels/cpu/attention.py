@@ -86,6 +86,19 @@ def _place(qkv, weight, eps, cos, sin, place, q, keys, values):
 
 
 @njit(fastmath=FAST, inline="always")
+def _widen(cache, block, size, head, first, end, rows):
+    """Four places of a context in float32; zeros past its end."""
+    for k in range(4):
+        c = first + k
+        if c < end:
+            row = cache[block[c // size] * size + c % size, head]
+            for i in range(len(row)):
+                rows[k, i] = f32(row[i])
+        else:
+            rows[k] = np.float32(0)
+
+
+@njit(fastmath=FAST, inline="always")
 def _softmax(score):
     top = np.float32(-np.inf)
     for c in range(len(score)):
@@ -105,34 +118,35 @@ def _decode(q, keys, values, blocks, length, size, out):
     G = H // h  # query heads that share a KV head
     factor = np.float32(1) / np.sqrt(np.float32(d))
     query, total = np.empty((G, d), np.float32), np.empty((G, d), np.float32)
-    row = np.empty(d, np.float32)
-    weight = np.empty((G, blocks.shape[1] * size), np.float32)
+    rows = np.empty((4, d), np.float32)
+    weight = np.empty((G, blocks.shape[1] * size + 3), np.float32)
     for b in range(B):
         C = length[b]
         for shared in range(h):
             for g in range(G):
                 for i in range(d):
                     query[g, i] = f32(q[b, shared * G + g, i]) * factor
-            for c in range(C):
-                key = keys[blocks[b, c // size] * size + c % size, shared]
-                for i in range(d):
-                    row[i] = f32(key[i])
+            for first in range(0, C, 4):  # four keys or values at a time: sums and queries are loaded once for them
+                _widen(keys, blocks[b], size, shared, first, C, rows)
                 for g in range(G):
-                    score = np.float32(0)
+                    s0, s1, s2, s3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
                     for i in range(d):
-                        score += query[g, i] * row[i]
-                    weight[g, c] = score
+                        s0 += query[g, i] * rows[0, i]
+                        s1 += query[g, i] * rows[1, i]
+                        s2 += query[g, i] * rows[2, i]
+                        s3 += query[g, i] * rows[3, i]
+                    weight[g, first], weight[g, first + 1] = s0, s1
+                    weight[g, first + 2], weight[g, first + 3] = s2, s3
             for g in range(G):
                 _softmax(weight[g, :C])
+                weight[g, C : C + 3] = np.float32(0)
             total[:] = np.float32(0)
-            for c in range(C):
-                value = values[blocks[b, c // size] * size + c % size, shared]
-                for i in range(d):
-                    row[i] = f32(value[i])
+            for first in range(0, C, 4):
+                _widen(values, blocks[b], size, shared, first, C, rows)
                 for g in range(G):
-                    w = weight[g, c]
+                    w0, w1, w2, w3 = weight[g, first], weight[g, first + 1], weight[g, first + 2], weight[g, first + 3]
                     for i in range(d):
-                        total[g, i] += w * row[i]
+                        total[g, i] += w0 * rows[0, i] + w1 * rows[1, i] + w2 * rows[2, i] + w3 * rows[3, i]
             for g in range(G):
                 to = out[b, shared * G + g]
                 for i in range(d):

@@ -10,8 +10,14 @@ import torch
 from torch import Tensor
 
 from nonet.kernels.cpu import view
-from nonet.kernels.cpu.dot import MOST_ROWS, dots
+from nonet.kernels.cpu.dot import HAS_BF16_DOT, MOST_ROWS, dots
 from nonet.kernels.cpu.scalar import exp, f32, for_types, jit, put
+
+
+def most_pairs(num_slots: int, dtype: torch.dtype) -> int:
+    """Pairs up to which `run_experts` is faster than a batch over all slots (measured)."""
+    alone = dtype == torch.bfloat16 and HAS_BF16_DOT and torch.get_num_threads() == 1
+    return (3 if alone else 1) * num_slots
 
 
 def run_experts(
@@ -44,7 +50,7 @@ def _activate(both, out):
 def _run(x, row, start, count, gate_up, down, out):
     D, width = x.shape[1], down.shape[2]
     own, act = np.zeros((MOST_ROWS, D), x.dtype), np.zeros((MOST_ROWS, width), x.dtype)
-    both, total = np.empty((MOST_ROWS, 2 * width), np.float32), np.empty(MOST_ROWS, np.float32)
+    both, back = np.empty((MOST_ROWS, 2 * width), np.float32), np.empty((MOST_ROWS, D), np.float32)
     for s in range(len(count)):
         end = start[s] + count[s]
         for first in range(start[s], end, MOST_ROWS):
@@ -52,14 +58,13 @@ def _run(x, row, start, count, gate_up, down, out):
             for r in range(rows):
                 own[r] = x[row[first + r]]
             for i in range(2 * width):
-                dots(gate_up[s, i], own, rows, total)
-                for r in range(rows):
-                    both[r, i] = total[r]
+                dots(gate_up[s, i], own, rows, both, i)
             for r in range(rows):
                 for i in range(width):
                     g = both[r, i]
                     put(act[r], i, g / (np.float32(1) + exp(-g)) * both[r, width + i])
             for d in range(D):
-                dots(down[s, d], act, rows, total)
-                for r in range(rows):
-                    put(out[first + r], d, total[r])
+                dots(down[s, d], act, rows, back, d)
+            for r in range(rows):
+                for d in range(D):
+                    put(out[first + r], d, back[r, d])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nonet.kernels.cpu import view
-from nonet.kernels.cpu.scalar import f32, for_types, jit, put
+from nonet.kernels.cpu.scalar import f32, for_types, jit, order, put
 
 _WORDS = {2: torch.uint16, 4: torch.uint32}
 
@@ -28,6 +28,13 @@ def sum_pairs(y_MD: Tensor, pair_NK: Tensor, weight_M: Tensor, dtype: torch.dtyp
     return out
 
 
+def argmax(x_BV: Tensor) -> list[int]:
+    """The place of each row's largest value, the first of equal ones; NaN stands above all, as in PyTorch."""
+    out = np.empty(x_BV.shape[0], np.int64)
+    _argmax(view(x_BV), out)
+    return out.tolist()
+
+
 def pad(x_ND: Tensor, row_M: Tensor, start_S: Tensor, count_S: Tensor, C: int) -> Tensor:
     """[S, C, D]: the rows of each slot's pairs, then zeros."""
     out = torch.empty((count_S.shape[0], C, x_ND.shape[1]), dtype=x_ND.dtype)
@@ -35,11 +42,9 @@ def pad(x_ND: Tensor, row_M: Tensor, start_S: Tensor, count_S: Tensor, C: int) -
     return out
 
 
-def collect(y_SDC: Tensor, start_S: Tensor, count_S: Tensor, total: int) -> Tensor:
-    """[total, D]: the columns of each slot that stand for pairs, as rows."""
-    out = torch.empty((total, y_SDC.shape[1]), dtype=y_SDC.dtype)
-    _collect(words(y_SDC), view(start_S), view(count_S), words(out))
-    return out
+def collect(y_SDC: Tensor, start_S: Tensor, count_S: Tensor, out_MD: Tensor) -> None:
+    """Into out, as rows: the columns of each slot that stand for its pairs."""
+    _collect(words(y_SDC), view(start_S), view(count_S), words(out_MD))
 
 
 def add_rows(total_TD: Tensor, token_P: Tensor, y_PD: Tensor) -> None:
@@ -76,6 +81,22 @@ def _sum(y, pair, weight, out):
             put(to, d, total[d])
 
 
+@jit(*for_types("void(T[:,::1], int64[::1])"))
+def _argmax(x, out):
+    B, V = x.shape
+    for b in range(B):
+        row, best, top = x[b], 0, np.int32(-(2**31))
+        for first in range(0, V, 256):
+            end, most = min(first + 256, V), np.int32(-(2**31))
+            for v in range(first, end):
+                most = max(most, order(f32(row[v])))
+            if most > top:
+                best, top = first, most
+        while order(f32(row[best])) != top:
+            best += 1
+        out[b] = best
+
+
 @jit(*(f"void({t}[:,::1], int64[::1], int64[::1], int64[::1], {t}[:,:,::1])" for t in ("uint16", "uint32")))
 def _pad(x, row, start, count, out):
     S, C, _ = out.shape
@@ -91,7 +112,10 @@ def _pad(x, row, start, count, out):
 def _collect(y, start, count, out):
     S, D, _ = y.shape
     for s in range(S):
-        for c in range(count[s]):
-            to = out[start[s] + c]
-            for d in range(D):
-                to[d] = y[s, d, c]
+        for first in range(0, count[s], 16):  # in squares that stay in the nearest cache
+            end = min(first + 16, count[s])
+            for left in range(0, D, 64):
+                for c in range(first, end):
+                    to = out[start[s] + c]
+                    for d in range(left, min(left + 64, D)):
+                        to[d] = y[s, d, c]

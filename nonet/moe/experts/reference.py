@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nonet.kernels.linear import linear
 from nonet.moe.base import Dispatched, Experts, Takes, sum_pairs
 from nonet.weights.slots import SlotWeights
 
@@ -28,8 +27,8 @@ class Reference:
         for slot, (start, count) in enumerate(zip(sent.start_S.tolist(), sent.count_S.tolist(), strict=True)):
             for pair in range(start, start + count):
                 x_1D = sent.x_ND[sent.row_M[pair]].clone().unsqueeze(0)  # a copy: the same alignment for every row
-                gate, up = linear(x_1D, weights.gate_up[slot]).chunk(2, dim=-1)
-                y_MD[pair] = linear((F.silu(gate) * up).contiguous(), weights.down[slot])[0]
+                gate, up = F.linear(x_1D, weights.gate_up[slot]).chunk(2, dim=-1)
+                y_MD[pair] = F.linear((F.silu(gate) * up).contiguous(), weights.down[slot])[0]
         if takes == "pairs":
             return y_MD
         return sum_pairs(y_MD, sent).to(y_MD.dtype)
