@@ -6,7 +6,7 @@ Used by every floor above; knows no tensors. Names are the field's (vLLM, OpenAI
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import msgspec
 
@@ -22,6 +22,24 @@ class TokensPrompt(TypedDict):
 
 
 Prompt = str | TokensPrompt | list[int]
+
+
+class StructuredOutputsParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the text must match: exactly one of these. Raises RequestError otherwise. Needs the extra `structured`."""
+
+    json: dict[str, Any] | str | None = None  # a JSON schema
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None  # Lark's, as llguidance reads it
+    json_object: bool | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in self.__struct_fields__ if getattr(self, name) not in (None, False)]
+        if len(given) != 1:
+            what = " and ".join(given) or "nothing"
+            raise RequestError("structured_outputs", what, f"give exactly one of {', '.join(self.__struct_fields__)}")
+        if self.choice is not None and not all(self.choice):
+            raise RequestError("structured_outputs.choice", self.choice, "use non-empty texts")
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -49,6 +67,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     prompt_logprobs: int | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    logit_bias: dict[int, float] | None = None  # added to the logits of these tokens
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -77,6 +97,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             ),
             ("stop", all(self.stop), "use non-empty strings"),
             ("stop", all(s.encode(errors="ignore").decode() == s for s in self.stop), "use strings of valid Unicode"),
+            ("logit_bias", all(t >= 0 for t in self.logit_bias or ()), "use token ids, 0 or more"),
+            ("min_tokens", not (self.structured_outputs and self.min_tokens), "use 0 with structured_outputs"),
             ("stop_token_ids", all(0 <= t < 1 << 32 for t in self.stop_token_ids), "use token ids, 0 or more"),
         ):
             if not ok:

@@ -6,12 +6,13 @@ step's plan is derived by all ranks from the same exchanged states, so they alwa
 
 from __future__ import annotations
 
+import gc
 import os
+import time
 from typing import Any
 
 import msgspec
 import torch
-import zmq
 from torch import Tensor
 
 from nonet.comm.world import World
@@ -21,6 +22,7 @@ from nonet.config.schema import EngineConfig
 from nonet.engine import messages as m
 from nonet.engine.batch import prompt_positions, step_batch
 from nonet.engine.lockstep import Lockstep, own_cpu_seconds
+from nonet.engine.mail import STARTER, RankMail
 from nonet.engine.sampler import Sampler, logprobs
 from nonet.engine.worker import Worker
 from nonet.errors import CapacityError, NonetError, RequestError
@@ -28,36 +30,34 @@ from nonet.schedule.blocks import Blocks
 from nonet.schedule.scheduler import Scheduled, Scheduler
 from nonet.schedule.sequence import Sequence
 
+_BURST_GAP_S, _BURST_S = 4e-4, 3e-3  # a burst is over after such a gap, and never longer
+
 
 def main(place: Place, payload: dict[str, Any]) -> None:
     """A rank's life: join, load, serve, leave. What goes wrong is told to the front end before it is raised."""
-    context = zmq.Context()
-    outbox: zmq.Socket[bytes] = context.socket(zmq.PUSH)
-    outbox.setsockopt(zmq.SNDHWM, 0)
-    outbox.connect(payload["outputs"])
+    mail = RankMail(payload["name"], place.rank)
     try:
         config = EngineConfig.model_validate(payload["config"])
         torch.set_num_threads(config.runtime.threads_per_rank or 1)
-        inbox: zmq.Socket[bytes] = context.socket(zmq.PULL)
-        inbox.setsockopt(zmq.RCVHWM, 0)
-        inbox.connect(f"{payload['inputs']}-{place.rank}")
         world = World(
             place,
             tensor_parallel_size=config.parallel.tensor_parallel_size,
             device=config.parallel.device or "cpu",
             timeout_s=config.runtime.comm_timeout_s,
         )
-        core = Core(config, read_spec(config.model.model), world, inbox, outbox)
+        core = Core(config, read_spec(config.model.model), world, mail)
+        gc.collect()
+        gc.freeze()  # what lives as long as the rank is never looked through again
         core.announce()
         while core.step():
             pass
         core.close()
         world.close()
     except BaseException as error:
-        outbox.send(msgspec.msgpack.encode(failure(place.rank, error)))
+        mail.send(STARTER, failure(place.rank, error))
         raise
     finally:
-        context.destroy(linger=1000)
+        mail.close()
 
 
 def failure(rank: int, error: BaseException) -> m.Failed:
@@ -71,15 +71,12 @@ def failure(rank: int, error: BaseException) -> m.Failed:
 class Core:
     """One rank's scheduler (if it leads), worker, and place in the lockstep."""
 
-    def __init__(
-        self, config: EngineConfig, spec: ModelSpec, world: World, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]
-    ) -> None:
-        self.config, self.spec, self.world = config, spec, world
-        self.inbox, self.outbox = inbox, outbox
+    def __init__(self, config: EngineConfig, spec: ModelSpec, world: World, mail: RankMail) -> None:
+        self.config, self.spec, self.world, self.mail = config, spec, world, mail
         self.leads = world.tp_rank == 0
         self.lockstep = Lockstep(world.ep, self._page_bytes(), config.runtime.comm_timeout_s)
         self.worker = Worker(config, spec, world)
-        self.sampler = Sampler(spec.eos_token_ids)
+        self.sampler = Sampler(spec.eos_token_ids, config.model.tokenizer or str(spec.folder))
         schedule, cache = config.schedule, config.cache
         self.scheduler = Scheduler(
             Blocks(self.worker.num_blocks, cache.block_size, cache.enable_prefix_caching),
@@ -89,7 +86,6 @@ class Core:
         )
         self.stopping = False
         self.num_tokens = self.max_step_tokens = 0
-        self._decoder = msgspec.msgpack.Decoder(m.ToRank)
 
     def _page_bytes(self) -> int:
         """Most that a step state can take: with tensor parallelism it carries the batch, 5 to 9 bytes a number."""
@@ -100,10 +96,8 @@ class Core:
         return 1024 + 18 * schedule.max_num_batched_tokens + schedule.max_num_seqs * (32 + 9 * blocks)
 
     def announce(self) -> None:
-        self.send(m.Ready(self.world.rank, os.getpid(), self.worker.num_blocks, self.worker.bytes_read))
-
-    def send(self, message: m.FromRank) -> None:
-        self.outbox.send(msgspec.msgpack.encode(message))
+        ready = m.Ready(self.world.rank, os.getpid(), self.worker.num_blocks, self.worker.bytes_read)
+        self.mail.send(STARTER, ready)
 
     def step(self) -> bool:
         """One step with all ranks; False when they leave. Sleeps if nobody has work."""
@@ -146,10 +140,21 @@ class Core:
                 return None
         return self.worker.run(batch, tokens)
 
-    def receive(self) -> None:
-        """Take in all that has arrived."""
-        while self.inbox.poll(0):
-            self.handle(self._decoder.decode(self.inbox.recv()))
+    def receive(self) -> int:
+        """Take in all that has arrived; how many messages that was."""
+        count = 0
+        for message in self.mail.arrived():
+            self.handle(message)
+            count += 1
+        return count
+
+    def gather(self) -> None:
+        """After sleep: requests that end it often come as a burst. Taken in whole it needs one step, not several."""
+        end = time.monotonic() + _BURST_S
+        while time.monotonic() < end:
+            time.sleep(_BURST_GAP_S)
+            if not self.receive():
+                return
 
     def handle(self, message: m.ToRank) -> None:
         match message:
@@ -158,22 +163,35 @@ class Core:
             case m.Abort():
                 for request_id in message.request_ids:
                     self.scheduler.abort(request_id)
+            case m.Forget():
+                self.forget(message.front_end)
             case m.GetStats():
-                self.send(self.stats(message.number))
+                self.mail.send(message.front_end, self.stats(message.number))
                 if message.reset_load:
                     self.worker.load.count_LE.zero_()
             case m.Stop():
                 self.stopping = True
 
+    def forget(self, front_end: int) -> None:
+        """Drop what a front end that is gone had open."""
+        self.mail.forget(front_end)
+        names = [sequence.request_id for sequence in (*self.scheduler.running, *self.scheduler.waiting)]
+        for name in names:
+            if m.front_end_of(name) == front_end:
+                self.scheduler.abort(name)
+
     def add(self, message: m.Add) -> None:
+        front_end = m.front_end_of(message.request_id)
+        if self.mail.is_forgotten(front_end):
+            return  # sent before its front end ended
         sequence = Sequence(message.request_id, message.tokens, message.params, message.max_tokens, message.seed)
         try:
             self.scheduler.add(sequence)
         except RequestError as error:
             arguments = [error.field, str(error.value), error.remedy]
-            self.send(m.Refused(message.request_id, "RequestError", arguments))
+            self.mail.send(front_end, m.Refused(message.request_id, "RequestError", arguments))
         except CapacityError as error:
-            self.send(m.Refused(message.request_id, "CapacityError", [str(error)]))
+            self.mail.send(front_end, m.Refused(message.request_id, "CapacityError", [str(error)]))
 
     def sleep(self) -> None:
         """Block until there is work here or elsewhere; whoever finds work first wakes the others."""
@@ -182,9 +200,10 @@ class Core:
             self.receive()
             if self.scheduler.has_work or self.stopping:
                 self.lockstep.wake_others()
-                return
-            if self.lockstep.doze(self.inbox):
-                return
+                break
+            if self.lockstep.doze(self.mail.inbox):
+                break
+        self.gather()
 
     def reply(self, items: list[Scheduled], logits: Tensor | None) -> None:
         """Sample, advance the sequences, and send what is new."""
@@ -204,8 +223,11 @@ class Core:
         if sampling:
             assert logits is not None
             self.sample(sampling, logits if len(sampling) == row else logits[[r for _, r in sampling]], chunks)
-        if chunks:
-            self.send(m.Chunks(self.world.rank, list(chunks.values())))
+        by_front_end: dict[int, list[m.Chunk]] = {}
+        for name, chunk in chunks.items():
+            by_front_end.setdefault(m.front_end_of(name), []).append(chunk)
+        for front_end, its_chunks in by_front_end.items():
+            self.mail.send(front_end, m.Chunks(self.world.rank, its_chunks))
 
     def prompt_chunk(self, sequence: Sequence, positions: range, logits: Tensor) -> m.Chunk:
         """Log probabilities of the prompt tokens that follow these positions."""

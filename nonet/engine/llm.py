@@ -6,16 +6,18 @@ Both turn prompts into sequences for the `Client` and chunks back into outputs; 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import queue
 import random
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from nonet.config import EngineConfig, build_config
 from nonet.engine import messages as m
 from nonet.engine.client import Client
+from nonet.engine.front_end import FrontEnd, Item
 from nonet.engine.output import RequestState
 from nonet.engine.tokenizer import Tokenizer
 from nonet.errors import NonetError, RequestError
@@ -27,11 +29,14 @@ class _Front:
 
     def __init__(self, model: str | EngineConfig, **settings: Any) -> None:
         config = model if isinstance(model, EngineConfig) else build_config(model, **settings)
-        self.client = Client(config)
-        self.config = self.client.config
+        self._use(Client(config))
+
+    def _use(self, client: FrontEnd) -> None:
+        self.client, self.config = client, client.config
         self.tokenizer = Tokenizer(self.config.model.tokenizer or self.config.model.model)
         self._ids = itertools.count()
-        self._random = random.Random(self.config.model.seed)
+        seed = self.config.model.seed
+        self._random = random.Random(f"{seed} of {client.number}" if client.number else seed)  # each front end its own
 
     def _request(self, prompt: Prompt, params: SamplingParams, request_id: str | None) -> RequestState:
         text = prompt if isinstance(prompt, str) else None
@@ -41,20 +46,29 @@ class _Front:
             tokens = list(prompt["prompt_token_ids"] if isinstance(prompt, dict) else prompt)
         if request_id is not None and (not isinstance(request_id, str) or "#" in request_id):
             raise RequestError("request_id", request_id, "use text without '#'")
-        limit = self.config.model.max_model_len or 0
         if not tokens:
             raise RequestError("prompt", prompt, "must hold at least one token")
-        if len(tokens) >= limit:
-            raise RequestError("prompt", f"{len(tokens)} tokens", f"must be shorter than max_model_len ({limit})")
+        self._check_length(len(tokens), params.max_tokens)
         vocabulary = self.client.spec.vocab_size
         bad = next((t for t in tokens if type(t) is not int or not 0 <= t < vocabulary), None)
         if bad is not None:
             raise RequestError("prompt_token_ids", bad, f"token ids are 0 to {vocabulary - 1}")
         return RequestState(request_id or f"request-{next(self._ids)}", text, tokens, params, self.tokenizer)
 
+    def _check_length(self, prompt: int, max_tokens: int | None) -> None:
+        """Refuse what can never run. The last token of an output needs no place in the cache."""
+        limit, cache = self.config.model.max_model_len or 0, self.client.cache_tokens
+        if prompt >= limit:
+            raise RequestError("prompt", f"{prompt} tokens", f"must be shorter than max_model_len ({limit})")
+        too_much = f"exceeds the KV cache of {cache} tokens; lower it or raise kv_cache_memory_bytes"
+        if prompt > cache:
+            raise RequestError("prompt", f"{prompt} tokens", too_much)
+        if max_tokens is not None and min(max_tokens, limit - prompt) > cache + 1 - prompt:
+            raise RequestError("max_tokens", max_tokens, f"with a prompt of {prompt} tokens {too_much}")
+
     def _sequences(self, state: RequestState) -> list[m.Add]:
-        params = state.params
-        room = (self.config.model.max_model_len or 0) - len(state.tokens)
+        params, prompt = state.params, len(state.tokens)
+        room = min(self.config.model.max_model_len or 0, self.client.cache_tokens + 1) - prompt
         most = room if params.max_tokens is None else min(params.max_tokens, room)
         seed = params.seed if params.seed is not None else self._random.getrandbits(62)
         return [m.Add(name, state.tokens, params, most, seed + i) for i, name in enumerate(state.ids)]
@@ -88,24 +102,23 @@ class LLM(_Front):
         if len(each) != len(many):
             raise RequestError("sampling_params", f"{len(each)} given", f"give one, or one for each of {len(many)}")
         states = [self._request(prompt, p, None) for prompt, p in zip(many, each, strict=True)]
-        arrived: queue.SimpleQueue[tuple[RequestState, m.Chunk | NonetError]] = queue.SimpleQueue()
+        arrived: queue.SimpleQueue[list[tuple[RequestState, Item]]] = queue.SimpleQueue()
+        sink = arrived.put
         open_states = {state.request_id: state for state in states}
         try:
             for state in states:
-                state.dp_rank = self.client.submit(
-                    self._sequences(state), lambda item, s=state: arrived.put((s, item))  # type: ignore[misc]
-                )
+                state.dp_rank = self.client.submit(self._sequences(state), sink, key=state)
             with _Progress(len(states), use_tqdm) as progress:
                 while open_states:
-                    state, item = arrived.get()
-                    if isinstance(item, NonetError):
-                        raise item
-                    if state.add(item):
-                        self.client.abort([item.request_id])
-                    progress.tokens(len(item.tokens))
-                    if state.finished and state.request_id in open_states:
-                        del open_states[state.request_id]
-                        progress.request()
+                    for state, item in arrived.get():
+                        if isinstance(item, NonetError):
+                            raise item
+                        if state.add(item):
+                            self.client.abort([item.request_id])
+                        progress.tokens(len(item.tokens))
+                        if state.finished and state.request_id in open_states:
+                            del open_states[state.request_id]
+                            progress.request()
         finally:
             self.client.abort([name for state in open_states.values() for name in state.ids])
         return [state.result() for state in states]
@@ -120,6 +133,17 @@ class LLM(_Front):
 class AsyncLLM(_Front):
     """The same engine for asyncio: requests come and go at any time."""
 
+    @classmethod
+    def attach(cls, attachment: Mapping[str, Any]) -> AsyncLLM:
+        """On an engine that another process started, from its `Client.attachment(i)`. Raises EngineDeadError."""
+        llm = cls.__new__(cls)
+        llm._use(Client.attach(attachment))
+        return llm
+
+    def _use(self, client: FrontEnd) -> None:
+        super()._use(client)
+        self._spread: _Spread | None = None
+
     async def stream(
         self,
         prompt: Prompt,
@@ -130,37 +154,106 @@ class AsyncLLM(_Front):
     ) -> AsyncIterator[RequestOutput]:
         """The request's state each time it grows; the last one is finished. Ending the iteration aborts the request.
 
+        What is handed out never changes. Until an output is finished its `token_ids` and `logprobs` are views that read
+        like lists (`list(...)` makes one): a copy for each token would cost the square of the stream's length.
         Raises RequestError, CapacityError, or EngineDeadError naming the rank that died.
         """
         state = self._request(prompt, sampling_params or SamplingParams(), request_id)
-        arrived: asyncio.Queue[m.Chunk | NonetError] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-
-        def sink(item: m.Chunk | NonetError) -> None:
-            loop.call_soon_threadsafe(arrived.put_nowait, item)
-
-        state.dp_rank = self.client.submit(self._sequences(state), sink, data_parallel_rank)
+        if self._spread is None or self._spread.loop is not loop:
+            self._spread = _Spread(loop)
+        arrived = _Arrived(loop)
+        state.dp_rank = self.client.submit(self._sequences(state), self._spread, data_parallel_rank, key=arrived)
         try:
             while not state.finished:
-                item = await arrived.get()
-                if isinstance(item, NonetError):
-                    raise item
-                if state.add(item):
-                    self.client.abort([item.request_id])
+                for item in await arrived.take():
+                    if isinstance(item, NonetError):
+                        raise item
+                    if state.add(item):
+                        self.client.abort([item.request_id], arrived)
                 yield state.result()
         finally:
             if not state.finished:
-                self.client.abort(state.ids)
+                self.client.abort(state.ids, arrived)
 
     async def abort(self, request_id: str, n: int = 1) -> None:
         """End a request by its id (and its n); its stream ends with finish_reason "abort"."""
         self.client.abort([request_id] if n == 1 else [f"{request_id}#{i}" for i in range(n)])
+
+    async def stats(self, reset_load: bool = False) -> list[m.Stats]:
+        """Every rank's counters, in rank order. Raises EngineDeadError or CommTimeout."""
+        return await asyncio.to_thread(self.client.stats, reset_load)
+
+    @property
+    def pending(self) -> list[int]:
+        """Tokens outstanding on each data-parallel rank."""
+        return self.client.pending
+
+    @property
+    def dead(self) -> NonetError | None:
+        """Why the engine is dead; None while it lives."""
+        return self.client.error
+
+    async def wait_dead(self) -> NonetError:
+        """Returns when the engine is dead, with the reason: a rank that died, or that it was closed."""
+        loop = asyncio.get_running_loop()
+        died: asyncio.Future[NonetError] = loop.create_future()
+
+        def tell(error: NonetError) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(lambda: None if died.done() else died.set_result(error))
+
+        take_back = self.client.on_death(tell)
+        try:
+            return await died
+        finally:
+            take_back()
 
     async def __aenter__(self) -> AsyncLLM:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         await asyncio.to_thread(self.close)
+
+
+class _Arrived:
+    """What came for one stream and was not taken yet. Used on its event loop only."""
+
+    __slots__ = ("_items", "_loop", "_waiter")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._items: list[Item] = []
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, item: Item) -> None:
+        self._items.append(item)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def take(self) -> list[Item]:
+        """Everything that is here; waits until there is something."""
+        if not self._items:
+            self._waiter = self._loop.create_future()
+            await self._waiter
+        items, self._items = self._items, []
+        return items
+
+
+class _Spread:
+    """The sink of all streams of one event loop: what a step brought enters the loop by one call."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+
+    def __call__(self, items: list[tuple[_Arrived, Item]]) -> None:
+        """From the front end's thread. Raises RuntimeError if the loop is closed."""
+        self.loop.call_soon_threadsafe(_put_all, items)
+
+
+def _put_all(items: list[tuple[_Arrived, Item]]) -> None:
+    for arrived, item in items:
+        arrived.put(item)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -1,6 +1,6 @@
 """What the front end and the ranks say to each other, and ranks among themselves once a step. msgpack by msgspec.
 
-Written and read by `client`, `core` and `lockstep`. Nothing here is a tensor.
+Written and read by `front_end`, `client`, `core` and `lockstep`. Nothing here is a tensor.
 """
 
 from __future__ import annotations
@@ -14,6 +14,16 @@ TokenLogprob = tuple[int, float, int]  # token id, log probability, rank among a
 
 class _Message(msgspec.Struct, tag=True, array_like=True):
     pass
+
+
+def sequence_name(front_end: int, number: int) -> str:
+    """A sequence's `request_id` between processes: never used twice, whatever ids users give."""
+    return f"{front_end}.{number}"
+
+
+def front_end_of(name: str) -> int:
+    """The front end that submitted the sequence of this name, and gets what it brings."""
+    return int(name[: name.index(".")])
 
 
 class Add(_Message):
@@ -30,9 +40,16 @@ class Abort(_Message):
     request_ids: list[str]
 
 
+class Forget(_Message):
+    """A front end is gone: whatever it submitted is dropped, and nothing more is sent to it."""
+
+    front_end: int
+
+
 class GetStats(_Message):
     """Asks a rank for a Stats; `reset_load` starts its load counts anew."""
 
+    front_end: int
     number: int
     reset_load: bool = False
 
@@ -102,7 +119,7 @@ class Stats(_Message):
     cpu_seconds: float
 
 
-ToRank = Add | Abort | GetStats | Stop
+ToRank = Add | Abort | Forget | GetStats | Stop
 FromRank = Ready | Failed | Chunks | Refused | Stats
 
 

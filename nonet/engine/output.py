@@ -5,7 +5,10 @@ Used by LLM and AsyncLLM in the front end's process.
 
 from __future__ import annotations
 
+from typing import cast
+
 from nonet.engine.messages import Chunk, TokenLogprob
+from nonet.engine.prefix import Prefix
 from nonet.engine.tokenizer import Tokenizer
 from nonet.types import CompletionOutput, Logprob, RequestOutput, SamplingParams, TokenLogprobs
 
@@ -27,6 +30,17 @@ class CompletionState:
     @property
     def finished(self) -> bool:
         return self.output.finish_reason is not None
+
+    def snapshot(self) -> CompletionOutput:
+        """The output as it is now: what comes later changes nothing in it. Its lists are views until it is finished."""
+        out = self.output
+        tokens, logprobs = out.token_ids, out.logprobs
+        if out.finish_reason is None:
+            tokens = cast(list[int], Prefix(tokens))
+            logprobs = None if logprobs is None else cast(list[TokenLogprobs], Prefix(logprobs))
+        return CompletionOutput(
+            out.index, out.text, tokens, out.cumulative_logprob, logprobs, out.finish_reason, out.stop_reason
+        )
 
     def add(self, chunk: Chunk) -> bool:
         """Take in new tokens. True if a stop string ended the text while the engine goes on: abort it there."""
@@ -95,15 +109,17 @@ class RequestState:
             return False
         self.num_cached = max(self.num_cached, chunk.num_cached)
         if index == 0 and chunk.prompt_logprobs and self.prompt_logprobs is not None:
-            self.prompt_logprobs.extend(named(entry, self._tokenizer) for entry in chunk.prompt_logprobs)
+            new = [named(entry, self._tokenizer) for entry in chunk.prompt_logprobs]
+            self.prompt_logprobs = [*self.prompt_logprobs, *new]  # a new list: the old one was handed out
         return self.completions[index].add(chunk)
 
     def result(self) -> RequestOutput:
+        """The request as it is now; the caller may keep it."""
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
             prompt_token_ids=self.tokens,
-            outputs=[completion.output for completion in self.completions],
+            outputs=[completion.snapshot() for completion in self.completions],
             finished=self.finished,
             prompt_logprobs=self.prompt_logprobs,
             num_cached_tokens=self.num_cached,

@@ -12,21 +12,26 @@ import torch
 from torch import Tensor
 
 from nonet.engine.messages import TokenLogprob
+from nonet.engine.structured import Grammars
+from nonet.kernels import cpu
 from nonet.schedule.sequence import Sequence
 
 _MASK = (1 << 63) - 1
 
 
 class Sampler:
-    """Knows the end-of-sequence tokens; keeps no state between steps."""
+    """Knows the end-of-sequence tokens; keeps nothing between steps that sequences do not say themselves."""
 
-    def __init__(self, eos_token_ids: Seq[int]) -> None:
+    def __init__(self, eos_token_ids: Seq[int], tokenizer_folder: str = "") -> None:
         self.eos_token_ids = tuple(eos_token_ids)
+        self.grammars = Grammars(tokenizer_folder, eos_token_ids)
 
     def sample(self, logits_BV: Tensor, sequences: Seq[Sequence]) -> list[int]:
         """One token for each row; row b belongs to `sequences[b]`."""
-        logits_BV = logits_BV.float()
         adjusted = [b for b, sequence in enumerate(sequences) if self._adjusts(sequence)]
+        if not adjusted and all(sequence.params.greedy for sequence in sequences):
+            return largest(logits_BV)
+        logits_BV = logits_BV.float()
         if adjusted:
             logits_BV = logits_BV.clone()
             for b in adjusted:
@@ -41,11 +46,11 @@ class Sampler:
         p = sequence.params
         return bool(
             p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0
-            or sequence.num_output < p.min_tokens
+            or sequence.num_output < p.min_tokens or p.logit_bias or p.structured_outputs
         )
 
     def _adjust(self, logits_V: Tensor, sequence: Sequence) -> None:
-        """Penalties (OpenAI's two over the output; repetition over prompt and output, Keskar 2019) and min_tokens."""
+        """Penalties (OpenAI's two over the output; repetition over prompt and output, Keskar 2019), biases, bars."""
         p = sequence.params
         if p.repetition_penalty != 1.0:
             seen = torch.tensor(sequence.tokens, device=logits_V.device).unique()
@@ -54,9 +59,24 @@ class Sampler:
         if (p.presence_penalty or p.frequency_penalty) and sequence.num_output:
             token, count = torch.tensor(sequence.outputs, device=logits_V.device).unique(return_counts=True)
             logits_V[token] -= p.presence_penalty + p.frequency_penalty * count
+        for token, bias in (p.logit_bias or {}).items():
+            if token < len(logits_V):
+                logits_V[token] += bias
+        if p.structured_outputs:
+            barred_V = torch.from_numpy(self.grammars.forbidden(sequence, len(logits_V)))
+            logits_V[barred_V.to(logits_V.device)] = float("-inf")
         if sequence.num_output < p.min_tokens:
             ending = {*self.eos_token_ids, *p.stop_token_ids}
             logits_V[[token for token in ending if token < len(logits_V)]] = float("-inf")
+
+
+def largest(logits_BV: Tensor) -> list[int]:
+    """The most likely token of each row, the first of equal ones."""
+    if cpu.handles(logits_BV):
+        from nonet.kernels.cpu import rows
+
+        return rows.argmax(logits_BV.contiguous())
+    return logits_BV.float().argmax(dim=-1).tolist()
 
 
 def draw(logits_V: Tensor, sequence: Sequence) -> int:

@@ -19,21 +19,32 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any
 
 from nonet.config.place import Place
+from nonet.errors import NonetError
 
 PR_SET_PDEATHSIG = 1
 STOP_GRACE_S = 5.0
 
 
 class Node:
-    """The front end's hold on this host's ranks. `entry` is "module:function", called as f(place, payload)."""
+    """The front end's hold on this host's ranks. `entry` is "module:function", called as f(place, payload).
 
-    def __init__(self, entry: str, num_ranks: int, payload: Mapping[str, Any], env: Mapping[str, str]) -> None:
-        order = {"entry": entry, "num_ranks": num_ranks, "payload": dict(payload)}
+    `imports` are modules that the supervisor imports beside it, so that ranks have them from the start.
+    """
+
+    def __init__(
+        self,
+        entry: str,
+        num_ranks: int,
+        payload: Mapping[str, Any],
+        env: Mapping[str, str],
+        imports: Sequence[str] = (),
+    ) -> None:
+        order = {"entry": entry, "num_ranks": num_ranks, "payload": dict(payload), "imports": list(imports)}
         self._process = subprocess.Popen(
             [sys.executable, "-c", "from nonet.launch.local import main; main()"],
             stdin=subprocess.PIPE,
@@ -79,6 +90,8 @@ def main() -> None:
     order = json.loads(sys.stdin.buffer.readline())
     module, function = order["entry"].split(":")
     entry = getattr(importlib.import_module(module), function)
+    for name in order["imports"]:
+        importlib.import_module(name)
     meeting = socket.create_server(("127.0.0.1", 0), backlog=order["num_ranks"] + 8)
     port = meeting.getsockname()[1]
     events = os.fdopen(os.dup(1), "w", buffering=1)
@@ -108,6 +121,8 @@ def _run_rank(entry: Any, place: Place, payload: dict[str, Any], supervisor: int
     code = 0
     try:
         entry(place, payload)
+    except NonetError:  # told in its own words by the rank
+        code = 1
     except BaseException:  # noqa: BLE001 - the process ends here, whatever it was
         traceback.print_exc()
         code = 1

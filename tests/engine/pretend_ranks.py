@@ -6,10 +6,8 @@ import queue
 import threading
 import time
 
-import msgspec
-import zmq
-
 from nonet.engine import messages as m
+from nonet.engine.mail import STARTER, RankMail
 from nonet.types import SamplingParams
 
 SOON_S = 5.0
@@ -22,16 +20,12 @@ class PretendNode:
     silent: tuple[int, ...] = ()  # ranks that never become ready
     first_words: m.Failed | None = None  # said instead of being ready
 
-    def __init__(self, entry, num_ranks, payload, env) -> None:
+    def __init__(self, entry, num_ranks, payload, env, imports=()) -> None:
         type(self).latest = self
         self.payload, self.pid, self.events = payload, 4242, queue.Queue()
         self.received: list[list[m.ToRank]] = [[] for _ in range(num_ranks)]
-        self._context = zmq.Context()
-        self._out = self._context.socket(zmq.PUSH)
-        self._out.connect(payload["outputs"])
-        self._in = [self._context.socket(zmq.PULL) for _ in range(num_ranks)]
-        for rank, inbox in enumerate(self._in):
-            inbox.connect(f"{payload['inputs']}-{rank}")
+        self._mail = [RankMail(payload["name"], rank) for rank in range(num_ranks)]
+        for rank in range(num_ranks):
             if self.first_words is None and rank not in self.silent:
                 self.say(m.Ready(rank, 1000 + rank, num_blocks=8, bytes_read=rank))
         if self.first_words is not None:
@@ -41,17 +35,18 @@ class PretendNode:
         self._thread.start()
 
     def _listen(self) -> None:
-        decode = msgspec.msgpack.Decoder(m.ToRank).decode
-        while not self._closed.is_set():
-            for rank, inbox in enumerate(self._in):
-                while inbox.poll(2):
-                    self.received[rank].append(decode(inbox.recv()))
+        while not self._closed.wait(0.002):
+            for mail, received in zip(self._mail, self.received, strict=True):
+                received.extend(mail.arrived())
             if all(any(isinstance(x, m.Stop) for x in one) for one in self.received):
                 self.events.put(None)  # told to stop, the ranks leave and the supervisor ends
                 return
 
-    def say(self, message: m.FromRank) -> None:
-        self._out.send(msgspec.msgpack.encode(message))
+    def say(self, message: m.FromRank, front_end: int = STARTER) -> None:
+        self._mail[0].send(front_end, message)
+
+    def say_nonsense(self) -> None:
+        self._mail[0]._outboxes[STARTER].send(b"\xc1")
 
     def next_event(self):
         return self.events.get()
@@ -61,7 +56,8 @@ class PretendNode:
             self._closed.set()
             self.events.put(None)
             self._thread.join()
-            self._context.destroy(linger=0)
+            for mail in self._mail:
+                mail.close()
 
     def wait_for(self, rank: int, kind: type, count: int = 1) -> list:
         """The messages of a kind that a rank got, once there are so many."""
@@ -85,13 +81,16 @@ def request(name: str = "a", prompt: int = 3, max_tokens: int = 5) -> m.Add:
 
 
 class Sink:
-    """Takes what a sequence gets; `next()` waits for it."""
+    """Takes what sequences get; `next()` waits for it. `calls` are the keys of each call."""
 
     def __init__(self) -> None:
         self.items: queue.Queue = queue.Queue()
+        self.calls: list[list] = []
 
-    def __call__(self, item) -> None:
-        self.items.put(item)
+    def __call__(self, items) -> None:
+        self.calls.append([key for key, _ in items])
+        for _, item in items:
+            self.items.put(item)
 
     def next(self):
         return self.items.get(timeout=SOON_S)

@@ -45,9 +45,9 @@ def test_a_thousand_bursts_without_a_hang():
                 if burst % 100 == 99:
                     await asyncio.wait_for(asyncio.gather(*tasks), 60)
                     tasks.clear()
-            stats = await asyncio.to_thread(llm.client.stats)
+            stats = await llm.stats()
             assert all(s.free_blocks == s.num_blocks for s in stats)
-            assert llm.client.pending == [0, 0, 0, 0]
+            assert llm.pending == [0, 0, 0, 0]
             assert all(s.sleeps > 0 for s in stats)
 
     asyncio.run(run())
@@ -92,6 +92,38 @@ def test_abort_ends_the_stream_and_frees_the_blocks():
             assert all(s.free_blocks == s.num_blocks for s in stats)
 
     asyncio.run(run())
+
+
+def test_an_id_is_free_for_another_request_once_it_is_aborted():
+    """The old stream, which has not noticed yet, neither disturbs the new one nor gets anything of it."""
+
+    async def run() -> None:
+        async with AsyncLLM(folder("top1"), **SETTINGS) as llm:
+            params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+            alone = (await last(llm.stream([9, 8, 7], params))).outputs[0].token_ids
+            for _ in range(6):
+                old = llm.stream([1, 2, 3], params, request_id="mine")
+                await anext(old)
+                await llm.abort("mine")
+                new = llm.stream([9, 8, 7], params, request_id="mine")
+                kept = await anext(new)
+                await old.aclose()
+                out = await last(new)
+                assert (out.outputs[0].token_ids, out.outputs[0].finish_reason) == (alone, "length")
+                assert kept.outputs[0].token_ids == alone[: len(kept.outputs[0].token_ids)]
+            assert llm.pending == [0, 0, 0, 0]
+
+    asyncio.run(run())
+
+
+def test_one_engine_serves_several_event_loops_one_after_the_other():
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    llm = AsyncLLM(folder("top1"), dtype="float32", num_blocks=64)
+    try:
+        outs = [asyncio.run(last(llm.stream([1, 2], params))).outputs[0].token_ids for _ in range(3)]
+        assert outs[0] == outs[1] == outs[2]
+    finally:
+        llm.close()
 
 
 def test_requests_spread_and_a_rank_can_be_pinned():

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import threading
 
+import msgspec
 import pytest
 import torch
-from pretend_ranks import PretendNode, Sink, request
+from pretend_ranks import PretendNode, Sink, eventually, request
 
 from nonet.config import build_config
 from nonet.engine import client as under_test
+from nonet.engine import front_end
 from nonet.engine import messages as m
 from nonet.engine.client import Client
 from nonet.errors import CapacityError, CommTimeout, ConfigError, EngineDeadError, ModelError, NonetError, RequestError
+
+FIRST, SECOND, THIRD = (m.sequence_name(0, i) for i in range(3))  # names of what a client submits, in order
 
 
 @pytest.fixture
 def start(monkeypatch):
     """start(**settings) -> (client, node); closed at the end."""
     monkeypatch.setattr(under_test, "Node", PretendNode)
-    monkeypatch.setattr(under_test, "_POLL_MS", 5)
+    monkeypatch.setattr(front_end, "_POLL_MS", 5)
     monkeypatch.setattr(under_test, "_FAILED_GRACE_S", 0.3)
     monkeypatch.setattr(PretendNode, "silent", ())
     monkeypatch.setattr(PretendNode, "first_words", None)
@@ -50,7 +54,7 @@ def test_sequences_go_to_the_first_rank_of_their_group(start):
     client, node = start(data_parallel_size=2, tensor_parallel_size=2)
     sent = request("a")
     assert client.submit([sent], Sink(), dp_rank=1) == 1
-    assert node.wait_for(2, m.Add) == [sent]
+    assert node.wait_for(2, m.Add) == [msgspec.structs.replace(sent, request_id=FIRST)]
     assert [len(messages) for messages in node.received] == [0, 0, 1, 0]
 
 
@@ -78,7 +82,7 @@ def test_a_request_of_several_sequences_stays_together(start):
     client, node = start(data_parallel_size=2)
     sink = Sink()
     rank = client.submit([request("a#0"), request("a#1")], sink)
-    assert [message.request_id for message in node.wait_for(rank, m.Add, 2)] == ["a#0", "a#1"]
+    assert [message.request_id for message in node.wait_for(rank, m.Add, 2)] == [FIRST, SECOND]
     assert client.pending[rank] == 16
 
 
@@ -101,13 +105,13 @@ def test_chunks_reach_their_sink_and_lower_what_is_outstanding(start):
     client.submit([request("a", 3, 5)], a)
     client.submit([request("b", 2, 2)], b)
     assert client.pending == [12]
-    node.say(m.Chunks(0, [m.Chunk("a", [7]), m.Chunk("b", [8])]))
+    node.say(m.Chunks(0, [m.Chunk(FIRST, [7]), m.Chunk(SECOND, [8])]))
     assert (a.next(), b.next()) == (m.Chunk("a", [7]), m.Chunk("b", [8]))
     assert client.pending == [4 + 1], "prompts and one token each came back"
-    node.say(m.Chunks(0, [m.Chunk("a", [9, 9])]))
+    node.say(m.Chunks(0, [m.Chunk(FIRST, [9, 9])]))
     assert a.next().tokens == [9, 9]
     assert client.pending == [2 + 1]
-    node.say(m.Chunks(0, [m.Chunk("a", [9], finish_reason="stop")]))
+    node.say(m.Chunks(0, [m.Chunk(FIRST, [9], finish_reason="stop")]))
     assert a.next().finish_reason == "stop"
     assert client.pending == [1], "ended early: nothing more is due"
     client.submit([request("a")], Sink())
@@ -120,14 +124,51 @@ def test_an_abort_goes_to_the_ranks_concerned_and_ends_the_sinks(start):
     for name, rank in (("a", 0), ("b", 1), ("c", 1)):
         client.submit([request(name)], sinks[name], dp_rank=rank)
     client.abort(["b", "c", "never seen"])
-    assert sorted(node.wait_for(1, m.Abort)[0].request_ids) == ["b", "c"]
+    assert sorted(node.wait_for(1, m.Abort)[0].request_ids) == [SECOND, THIRD]
     assert client.pending == [8, 0]
     assert [sinks[name].next().finish_reason for name in "bc"] == ["abort", "abort"]
-    node.say(m.Chunks(1, [m.Chunk("b", [1])]))
-    node.say(m.Chunks(0, [m.Chunk("a", [1])]))
+    node.say(m.Chunks(1, [m.Chunk(SECOND, [1])]))
+    node.say(m.Chunks(0, [m.Chunk(FIRST, [1])]))
     assert sinks["a"].next().tokens == [1]
     assert sinks["b"].nothing_more(), "a chunk that was under way is dropped"
     assert not [x for x in node.received[0] if isinstance(x, m.Abort)]
+
+
+def test_what_a_step_brought_comes_by_one_call(start):
+    client, node = start()
+    together, alone = Sink(), Sink()
+    for name, sink in (("a", together), ("b", alone), ("c", together)):
+        client.submit([request(name)], sink, key=f"key {name}")
+    node.say(m.Chunks(0, [m.Chunk(FIRST, [1]), m.Chunk(SECOND, [2]), m.Chunk(THIRD, [3])]))
+    assert [together.next().tokens, together.next().tokens, alone.next().tokens] == [[1], [3], [2]]
+    assert (together.calls, alone.calls) == ([["key a", "key c"]], [["key b"]])
+
+
+def test_a_request_id_used_again_gets_nothing_of_the_old_request(start):
+    client, node = start()
+    old, new = Sink(), Sink()
+    client.submit([request("a")], old)
+    client.abort(["a"])
+    assert old.next().finish_reason == "abort"
+    client.submit([request("a")], new)
+    node.say(m.Chunks(0, [m.Chunk(FIRST, [1])]))  # was under way when the abort was sent
+    node.say(m.Chunks(0, [m.Chunk(SECOND, [2])]))
+    assert new.next() == m.Chunk("a", [2])
+    assert new.nothing_more()
+    assert old.nothing_more()
+
+
+def test_an_abort_with_a_key_spares_a_request_that_took_the_id_over(start):
+    client, node = start()
+    old, new = object(), object()
+    client.submit([request("a")], Sink(), key=old)
+    client.abort(["a"], old)
+    client.submit([request("a")], Sink(), key=new)
+    client.abort(["a"], old)
+    assert client.pending == [8]
+    client.abort(["a"], new)
+    assert client.pending == [0]
+    assert [x.request_ids for x in node.wait_for(0, m.Abort, 2)] == [[FIRST], [SECOND]]
 
 
 @pytest.mark.parametrize(
@@ -142,7 +183,7 @@ def test_a_sequence_that_a_rank_refuses(start, kind, arguments, error, words):
     sink, other = Sink(), Sink()
     client.submit([request("a")], sink)
     client.submit([request("b")], other)
-    node.say(m.Refused("a", kind, arguments))
+    node.say(m.Refused(FIRST, kind, arguments))
     told = sink.next()
     assert (type(told), str(told)) == (error, words)
     assert client.pending == [8]
@@ -229,6 +270,31 @@ def test_a_rank_that_ends_without_a_word_is_named_too(start):
     assert str(all_told(sink)[0]) == "rank 0 died (exit code 1)"
 
 
+def test_a_receiver_that_is_gone_harms_nobody(start, caplog):
+    client, node = start()
+    sink = Sink()
+
+    def closed(items) -> None:
+        raise RuntimeError("Event loop is closed")
+
+    client.submit([request("a")], closed)
+    client.submit([request("b")], sink)
+    node.say(m.Chunks(0, [m.Chunk(FIRST, [1]), m.Chunk(SECOND, [2])]))
+    assert sink.next().tokens == [2]
+    assert client.error is None
+    assert "nobody takes what came for 1 request(s): Event loop is closed" in caplog.text
+
+
+def test_a_defect_of_the_front_end_leaves_nobody_waiting(start, caplog):
+    client, node = start()
+    sink = Sink()
+
+    client.submit([request("a")], sink)
+    node.say_nonsense()
+    assert str(all_told(sink)[0]).startswith("the front end failed: DecodeError: ")
+    assert "the front end cannot go on" in caplog.text
+
+
 def test_the_end_of_the_supervisor_is_told(start):
     client, node = start()
     sink = Sink()
@@ -247,6 +313,31 @@ def test_close_tells_all_ranks_and_every_open_sequence(start):
     client.close()
     with pytest.raises(EngineDeadError, match="closed"):
         client.submit([request("b")], Sink())
+
+
+def test_who_asked_is_told_of_the_end_once(start):
+    client, node = start()
+    told, taken_back, late = [], [], []
+    client.on_death(told.append)
+    client.on_death(taken_back.append)()
+    assert client.error is None
+    node.events.put({"event": "died", "rank": 0, "how": "SIGKILL"})
+    eventually(lambda: told)
+    client.on_death(late.append)
+    assert [str(error) for error in (*told, *late, client.error)] == ["rank 0 died (SIGKILL)"] * 3
+    assert not taken_back
+    client.close()
+    assert len(told) == 1
+
+
+def test_an_error_raised_many_times_stays_small(start):
+    client, node = start()
+    node.events.put({"event": "died", "rank": 0, "how": "SIGKILL"})
+    eventually(lambda: client.error)
+    for _ in range(3):
+        with pytest.raises(EngineDeadError):
+            client.submit([request("a")], Sink())
+    assert client.error.__traceback__ is None
 
 
 def test_leaving_the_block_closes(start):

@@ -45,6 +45,8 @@ async def kill_under_load(victim: int, settings: dict) -> None:
 
     tasks = [asyncio.create_task(request(i)) for i in range(12)]
     await started.wait()
+    waiting = asyncio.create_task(llm.wait_dead())
+    assert llm.dead is None
     at = time.monotonic()
     os.kill(pids[victim], signal.SIGKILL)
     said = set(await asyncio.gather(*tasks))
@@ -52,6 +54,8 @@ async def kill_under_load(victim: int, settings: dict) -> None:
     wanted = "the supervisor of the ranks ended" if victim == -1 else f"rank {victim} died (SIGKILL)"
     assert said == {wanted}
     assert took < 10
+    assert {str(llm.dead), str(await waiting), str(await llm.wait_dead())} == {wanted}
+    assert llm.pending == [0] * len(llm.pending)
     with pytest.raises(EngineDeadError, match="rank" if victim >= 0 else "supervisor"):
         async for _ in llm.stream([1]):
             pass
@@ -93,6 +97,7 @@ def test_close_ends_open_requests_and_every_process():
         with pytest.raises(EngineDeadError, match="closed"):
             async for _ in stream:
                 pass
+        assert "closed" in str(await llm.wait_dead())
         assert gone(pids, within_s=1)
 
     asyncio.run(run())
@@ -117,12 +122,26 @@ def test_bad_settings_are_refused_before_anything_starts():
         LLM(folder("top1"), data_parallel_size=2, enable_expert_parallel=True, all2all_backend="shmm")
 
 
+def test_a_request_without_max_tokens_goes_on_as_far_as_the_cache_does():
+    params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+    with LLM(folder("top1"), dtype="float32", num_blocks=8) as llm:
+        for length in (2, 100, 128):
+            out = llm.generate([[1] * length], params)[0].outputs[0]
+            # the last token of an output needs no place in the cache
+            assert (len(out.token_ids), out.finish_reason) == (128 + 1 - length, "length")
+    with LLM(folder("top1"), dtype="float32", num_blocks=40) as llm:
+        out = llm.generate([[1] * 500], params)[0].outputs[0]
+        assert len(out.token_ids) == 512 - 500, "the model's length is the nearer bound"
+
+
 def test_a_bad_request_harms_nobody():
     with LLM(folder("top1"), dtype="float32", num_blocks=8) as llm:
         with pytest.raises(RequestError, match="token ids are 0 to 63"):
             llm.generate([[1, 2], [64]])
-        with pytest.raises(Exception, match="exceeds the KV cache"):
+        with pytest.raises(RequestError, match="^max_tokens = 400: with a prompt of 2 tokens exceeds .* cache of 128"):
             llm.generate([[1, 2]], SamplingParams(max_tokens=400))
+        with pytest.raises(RequestError, match="^prompt = '129 tokens': exceeds the KV cache of 128 tokens"):
+            llm.generate([[1] * 129], SamplingParams(max_tokens=1))
         with pytest.raises(RequestError, match="no tokenizer.json"):
             llm.generate("text")
         assert len(llm.generate([[1, 2]], SamplingParams(max_tokens=5))[0].outputs[0].token_ids) == 5

@@ -12,10 +12,10 @@ import llvmlite.binding
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic, overload
+from numba.extending import overload
 from numba.np.arrayobj import make_array
 
-from nonet.kernels.cpu.scalar import f32
+from nonet.kernels.cpu.scalar import f32, intrinsic
 
 HAS_BF16_DOT = bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16"))
 MOST_ROWS = 4  # of one call: with more the products, no longer the weights, would take the time

@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from numba import carray, types
-from numba.extending import intrinsic
 from torch import Tensor
 
 from nonet.kernels.cpu import view
 from nonet.kernels.cpu.routing import Pairs, assign
 from nonet.kernels.cpu.rows import words
-from nonet.kernels.cpu.scalar import f32, for_types, jit, put
+from nonet.kernels.cpu.scalar import f32, for_types, intrinsic, jit, put
 
 NUMBER = (1 << 32) - 1
 _SPINS = 2000  # some ten microseconds: then the waiting is the caller's

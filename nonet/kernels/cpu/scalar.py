@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numba.extending
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
-from numba.extending import intrinsic, overload
+from numba.extending import overload
+
+intrinsic: Any = numba.extending.intrinsic  # whose own type knows nothing of a call's arguments
 
 # sums may be reordered and multiplications fused with additions; NaN and infinity keep their meaning
 FAST = {"reassoc", "contract", "nsz"}
@@ -59,11 +62,10 @@ def _put(array, i, value):
 
         def rounded(array, i, value):
             bits = _as_bits(np.float32(value))
-            if bits & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000):  # NaN stays one
-                array[i] = np.uint16(0x7FC0)
-            else:
-                odd = (bits >> np.uint32(16)) & np.uint32(1)
-                array[i] = np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+            odd = (bits >> np.uint32(16)) & np.uint32(1)
+            nearest = (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+            is_nan = bits & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000)  # it stays one; chosen without a branch
+            array[i] = np.uint16(np.uint32(0x7FC0) if is_nan else nearest)
 
         return rounded
 
@@ -76,7 +78,7 @@ def _put(array, i, value):
 @njit(inline="always")
 def order(value):
     """An int32 that is larger for a larger float32: comparing these vectorises. -0 comes before 0."""
-    bits = np.int32(_as_bits(value))  # type: ignore[call-arg]
+    bits = np.int32(_as_bits(value))
     return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
 
 
@@ -93,4 +95,4 @@ def exp(x):
     p = p * r + np.float32(1.6666665459e-1)
     p = p * r + np.float32(5.0000001201e-1)
     p = p * r * r + r + np.float32(1.0)
-    return p * _as_float(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))  # type: ignore[call-arg]
+    return p * _as_float(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))

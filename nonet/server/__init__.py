@@ -1,0 +1,1 @@
+"""The HTTP server: OpenAI's routes in front of the engine."""
