@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -239,3 +243,14 @@ def test_the_exponential_over_its_range():
     gate = torch.linspace(-200, 200, 4001)
     got = experts.silu_and_multiply(torch.stack([gate, torch.ones_like(gate)], dim=1).reshape(-1, 2))[:, 0]
     torch.testing.assert_close(got.double(), F.silu(gate.double()), atol=1e-30, rtol=3e-7)
+
+
+@pytest.mark.slow
+def test_processors_without_the_bfloat16_instruction(tmp_path):
+    """These same tests, compiled for any processor of this kind; takes a while to compile."""
+    code = "from nonet.kernels.cpu.dot import HAS_BF16_DOT; assert not HAS_BF16_DOT"
+    env = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=60)
+    pytest_here = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(pytest_here, env=env, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout

@@ -64,8 +64,9 @@ def _put(array, i, value):
             bits = _as_bits(np.float32(value))
             odd = (bits >> np.uint32(16)) & np.uint32(1)
             nearest = (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
-            is_nan = bits & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000)  # it stays one; chosen without a branch
-            array[i] = np.uint16(np.uint32(0x7FC0) if is_nan else nearest)
+            is_nan = np.uint32(bits & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000))  # it stays one; without a branch
+            mask = np.uint32(np.uint32(0) - is_nan)
+            array[i] = np.uint16((nearest & ~mask) | (np.uint32(0x7FC0) & mask))
 
         return rounded
 
