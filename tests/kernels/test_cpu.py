@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -214,7 +215,7 @@ def test_an_exchange_between_two_ranks_in_one_process(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("slots", [[[0]], [[2, 0], [2, 1], [2, -1], [0, 2]], [[3, 3]] * 5])
+@pytest.mark.parametrize("slots", [[[0]], [[2, 0], [2, 1], [2, -1], [0, 2]], [[3, 3]] * 5, [[0, 1], [2, 3]]])
 def test_experts_of_few_rows(slots, dtype):
     D, width = 12, 6
     own = SlotWeights.adjoining(
@@ -226,8 +227,10 @@ def test_experts_of_few_rows(slots, dtype):
     )
     total = int(given.count_S.sum())
     assert own.stacked is not None
-    got = experts.run_experts(given.x_ND, given.row_M, given.start_S, given.count_S, *own.stacked, total)
-    near(got, Reference()(given, own, "pairs")[:total], dtype)
+    for pool in (None, ThreadPoolExecutor(1)):
+        where = given.row_M, given.start_S, given.count_S
+        got = experts.run_experts(given.x_ND, *where, own.stacked, given.count_S.tolist(), pool)
+        near(got, Reference()(given, own, "pairs")[:total], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -21,7 +21,7 @@ from nonet.kernels.cpu.rows import words
 from nonet.kernels.cpu.scalar import f32, for_types, intrinsic, jit, put
 
 NUMBER = (1 << 32) - 1
-_SPINS = 2000  # some ten microseconds: then the waiting is the caller's
+_SPINS = 300  # about a microsecond: then the waiting is the caller's, who yields the core
 
 
 def addresses(parts: Sequence[Tensor]) -> np.ndarray:

@@ -5,6 +5,8 @@ Specified by `moe.experts.reference`. Legend: see moe/base.py; I expert intermed
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,16 +18,33 @@ from nonet.kernels.cpu.scalar import exp, f32, for_types, jit, put
 
 def most_pairs(num_slots: int, dtype: torch.dtype) -> int:
     """Pairs up to which `run_experts` is faster than a batch over all slots (measured)."""
-    alone = dtype == torch.bfloat16 and HAS_BF16_DOT and torch.get_num_threads() == 1
-    return (3 if alone else 1) * num_slots
+    return (3 if dtype == torch.bfloat16 and HAS_BF16_DOT else 1) * num_slots
 
 
 def run_experts(
-    x_ND: Tensor, row_M: Tensor, start_S: Tensor, count_S: Tensor, gate_up_SID: Tensor, down_SDI: Tensor, total: int
+    x_ND: Tensor,
+    row_M: Tensor,
+    start_S: Tensor,
+    count_S: Tensor,
+    weights: tuple[Tensor, Tensor],
+    counts: list[int],
+    pool: ThreadPoolExecutor | None = None,
 ) -> Tensor:
-    """[total, D]: down(silu(gate(x)) * up(x)) of each pair, grouped by slot. gate_up is [S, 2I, D], down [S, D, I]."""
-    out = torch.empty((total, x_ND.shape[1]), dtype=x_ND.dtype)
-    _run(view(x_ND), view(row_M), view(start_S), view(count_S), view(gate_up_SID), view(down_SDI), view(out))
+    """[M, D]: down(silu(gate(x)) * up(x)) of each pair, grouped by slot. weights are [S, 2I, D] and [S, D, I].
+
+    With a pool, its one thread takes the latter half of the slots that have pairs. `counts` is count_S as a list.
+    """
+    out = torch.empty((sum(counts), x_ND.shape[1]), dtype=x_ND.dtype)
+    x, row, start, count, to = view(x_ND), view(row_M), view(start_S), view(count_S), view(out)
+    gate_up, down = (view(weight) for weight in weights)
+    used = [slot for slot, number in enumerate(counts) if number]
+    half = used[len(used) // 2] if pool is not None and len(used) >= MOST_ROWS else None
+    if half is None or pool is None:
+        _run(x, row, start, count, gate_up, down, to)
+        return out
+    other = pool.submit(_run, x, row, start[half:], count[half:], gate_up[half:], down[half:], to)
+    _run(x, row, start[:half], count[:half], gate_up[:half], down[:half], to)
+    other.result()
     return out
 
 

@@ -7,6 +7,8 @@ Legend: see moe/base.py; C rows of a slot, padded.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,6 +27,9 @@ def create() -> Experts:
 class Grouped:
     """Pairs are already grouped by slot, so each slot's rows adjoin once gathered."""
 
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1) if torch.get_num_threads() > 1 else None  # beside this thread, on CPUs
+
     def __call__(self, sent: Dispatched, weights: SlotWeights, takes: Takes) -> Tensor:
         counts = sent.count_S.tolist()
         if not cpu.handles(sent.x_ND):
@@ -32,7 +37,7 @@ class Grouped:
             return y_MD if takes == "pairs" else sum_pairs(y_MD, sent).to(y_MD.dtype)
         from nonet.kernels.cpu import rows
 
-        y_MD = _on_cpu(sent, weights, counts)
+        y_MD = _on_cpu(sent, weights, counts, self._pool)
         return y_MD if takes == "pairs" else rows.sum_pairs(y_MD, sent.pair_NK, sent.weight_M, y_MD.dtype)
 
 
@@ -53,7 +58,7 @@ def _each(sent: Dispatched, weights: SlotWeights, counts: list[int]) -> Tensor:
 # -- on CPUs: other ways to the same products. The weight stands on the left, where oneDNN reads it as it is --------
 
 
-def _on_cpu(sent: Dispatched, weights: SlotWeights, counts: list[int]) -> Tensor:
+def _on_cpu(sent: Dispatched, weights: SlotWeights, counts: list[int], pool: ThreadPoolExecutor | None) -> Tensor:
     """[sum of counts, D], by the way that is fastest for so many rows a slot (measured)."""
     from nonet.kernels.cpu import experts
 
@@ -61,7 +66,7 @@ def _on_cpu(sent: Dispatched, weights: SlotWeights, counts: list[int]) -> Tensor
     if weights.stacked is not None and 0 < C <= MOST_PADDED:
         if total <= experts.most_pairs(len(counts), sent.x_ND.dtype):
             where = sent.row_M, sent.start_S, sent.count_S
-            return experts.run_experts(sent.x_ND, *where, *weights.stacked, total)
+            return experts.run_experts(sent.x_ND, *where, weights.stacked, counts, pool)
         if C * len(counts) <= 4 * total:  # a batch computes C rows of every slot
             return _batched(sent, weights.stacked, total, C)
     return _each_on_cpu(sent, weights, counts)
