@@ -4,7 +4,7 @@
     NonetError                                                            1   500
     |-- ConfigError        a setting is wrong: field, value, remedy       2   400
     |-- RequestError       a request is wrong: field, value, remedy       2   400
-    |-- CapacityError      the request can never fit, or no room now      1   503
+    |-- CapacityError      larger than a rank's whole KV cache            1   503
     |-- ModelError         a checkpoint is missing, broken or unknown     3   500
     |-- CommError          ranks could not talk to each other             4   503
     |   |-- CommTimeout    a bounded wait ended; names the missing ranks  4   503
@@ -52,7 +52,11 @@ class RequestError(_FieldError):
 
 
 class CapacityError(NonetError):
-    """There is no room: the message says how much was asked and how much there is."""
+    """A rank refused a sequence that is larger than its whole KV cache; the message has both sizes.
+
+    Front ends know the cache and raise RequestError before: this comes only from a rank that was asked all the same.
+    Too little room for now is no error: sequences wait.
+    """
 
     http_status = 503
 

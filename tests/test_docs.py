@@ -23,7 +23,7 @@ ELSEWHERE = {
     "python tools/": "training, on a GPU",
     "./benchmarks/": "measurements, run by hand on a quiet machine",
 }
-RANKS = re.compile(r"\bLLM\(|^nonet (generate|demo)")  # starts processes
+RANKS = re.compile(r"\bLLM\(|^nonet (generate|demo|bench (throughput|latency))")  # starts processes
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
@@ -69,7 +69,9 @@ def fast(request) -> bool:
 def test_there_are_commands_and_examples():
     assert len(commands()) >= 5
     assert len(blocks("python")) >= 2
-    assert {path.name for path in DOCS} >= {"README.md", "tour.md", "glossary.md", "all2all.md"}
+    assert {path.name for path in DOCS} >= {
+        "README.md", "tour.md", "glossary.md", "all2all.md", "serving.md", "configuration.md", "bench.md",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(("where", "command"), commands())
@@ -127,7 +129,7 @@ def test_settings_and_variables_that_are_named_exist():
     from nonet.config.load import leaves
 
     code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "nonet").rglob("*.py"))
-    for name in ("README.md", "docs/all2all.md", "docs/glossary.md"):
+    for name in ("README.md", "docs/all2all.md", "docs/configuration.md", "docs/glossary.md"):
         words = set(re.findall(r"`([a-zA-Z]+(?:_[a-zA-Z0-9]+)+)`", (ROOT / name).read_text(encoding="utf-8")))
         unknown = {word for word in words if word not in leaves() and word not in VARIABLES and word[:4] != "PIP_"}
         assert not {word for word in unknown if not re.search(rf"\b{word}\b", code)}, name

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from time import perf_counter
 from typing import Any
 
@@ -75,7 +74,9 @@ class Completions:
                     if answer.status != 200:
                         outcome.error = await _refusal(answer)
                     else:
-                        await _take_in(answer, outcome)
+                        stream = _Stream(outcome)
+                        await answer.each(stream.take)
+                        stream.end()
         except HttpError as error:
             outcome.error = str(error)
         except TimeoutError:
@@ -105,37 +106,52 @@ async def _refusal(answer: Answer) -> str:
     return f"HTTP {answer.status} {answer.reason}: {' '.join(str(message).split())[:_ERROR_CHARACTERS]}"
 
 
-async def events(answer: Answer) -> AsyncIterator[bytes]:
-    """The data of each server-sent event, as it arrives."""
-    held = b""
-    async for piece in answer.pieces():
-        held += piece
+class Events:
+    """Server-sent events out of the pieces in which they arrive."""
+
+    def __init__(self) -> None:
+        self.held = b""  # the beginning of an event
+
+    def add(self, piece: bytes) -> list[bytes]:
+        """The data of each event that the piece completes."""
+        held = self.held + piece if self.held else piece
         if b"\r" in held:
             held = held.replace(b"\r\n", b"\n")
-        *whole, held = held.split(b"\n\n")
-        for event in whole:
-            data = [line[5:].strip() for line in event.split(b"\n") if line.startswith(b"data:")]
-            if data:
-                yield b"\n".join(data)
-    if held.strip():
-        raise HttpError("the stream ended within an event")
+        *whole, self.held = held.split(b"\n\n")
+        return [data for event in whole if (data := _data(event))]
 
 
-async def _take_in(answer: Answer, outcome: Outcome) -> None:
-    """Read a stream into the outcome: times of tokens, text, usage, and how it failed if it did."""
-    text: list[str] = []
-    last = outcome.start
-    ended = False
-    async for data in events(answer):
+def _data(event: bytes) -> bytes:
+    """What an event's lines of data hold."""
+    if event.startswith(b"data:") and b"\n" not in event:
+        return event[5:].strip()
+    return b"\n".join([line[5:].strip() for line in event.split(b"\n") if line.startswith(b"data:")])
+
+
+class _Stream:
+    """Takes a stream into an outcome: times of tokens, text, usage, and how it failed if it did."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        self._outcome, self._events = outcome, Events()
+        self._text: list[str] = []
+        self._last = outcome.start
+        self._ended = False
+
+    def take(self, piece: bytes) -> None:
         now = perf_counter()
-        if data == b"[DONE]":
-            ended = True
-            continue
+        for data in self._events.add(piece):
+            if data == b"[DONE]":
+                self._ended = True
+            else:
+                self._event(data, now)
+
+    def _event(self, data: bytes, now: float) -> None:
+        outcome = self._outcome
         try:
             event = _event(data)
         except msgspec.DecodeError as error:
             outcome.error = outcome.error or f"an event is no JSON of a completion: {error}"
-            continue
+            return
         if event.error is not None:
             outcome.error = outcome.error or f"error in the stream: {_message(event.error)}"
         if event.usage is not None:
@@ -143,18 +159,23 @@ async def _take_in(answer: Answer, outcome: Outcome) -> None:
             outcome.output_len = event.usage.completion_tokens or outcome.output_len
         for choice in event.choices:
             part, token = _part(choice)
-            ended = ended or choice.finish_reason is not None
+            self._ended = self._ended or choice.finish_reason is not None
             if token or (choice.finish_reason is not None and outcome.ttft is None):
                 if outcome.ttft is None:
                     outcome.ttft = now - outcome.start
                 else:
-                    outcome.itls.append(now - last)
-                last = now
-            text.append(part)
+                    outcome.itls.append(now - self._last)
+                self._last = now
+            self._text.append(part)
             outcome.latency = now - outcome.start
-    outcome.text = "".join(text)
-    if not ended and not outcome.error:
-        outcome.error = "the stream ended without a finish_reason or [DONE]"
+
+    def end(self) -> None:
+        """No more comes; the text is whole. Raises HttpError if that was within an event."""
+        self._outcome.text = "".join(self._text)
+        if self._events.held.strip():
+            raise HttpError("the stream ended within an event")
+        if not self._ended and not self._outcome.error:
+            self._outcome.error = "the stream ended without a finish_reason or [DONE]"
 
 
 def _part(choice: _Choice) -> tuple[str, bool]:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import os
 import ssl
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from urllib.parse import urlsplit
 
 from nonet.errors import ConfigError
@@ -18,14 +18,25 @@ from nonet.errors import ConfigError
 CONNECT_S = 30.0
 _LINE_BYTES = 1 << 20
 _PIECE_BYTES = 1 << 16
+_ALL_BYTES = 1 << 30  # more than a stream ever puts by
 
 
 class HttpError(Exception):
     """The conversation broke: no connection, no proper answer, or an end before the end."""
 
 
+class _Reader(asyncio.StreamReader):
+    """A stream whose arrivals may be taken before they are put by: `take` says whether it did."""
+
+    take: Callable[[bytes], bool] | None = None
+
+    def feed_data(self, data: bytes) -> None:  # type: ignore[override]
+        if self.take is None or not self.take(data):
+            super().feed_data(data)
+
+
 class _Connection:
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, reader: _Reader, writer: asyncio.StreamWriter) -> None:
         self.reader, self.writer = reader, writer
         self.used = False  # for an earlier request
 
@@ -34,7 +45,7 @@ class _Connection:
 
 
 class Answer:
-    """A server's answer: status and headers; the body comes by `pieces()` or `read()`."""
+    """A server's answer: status and headers; the body comes by `pieces()`, `each()` or `read()`."""
 
     def __init__(self, status: int, reason: str, headers: dict[str, str], connection: _Connection) -> None:
         self.status, self.reason, self.headers = status, reason, headers
@@ -45,10 +56,15 @@ class Answer:
         """The body in the pieces in which it arrives. Raises HttpError if it ends too early."""
         try:
             if "chunked" in self.headers.get("transfer-encoding", "").lower():
-                while size := int((await self._reader.readuntil(b"\n")).split(b";")[0], 16):
-                    yield (await self._reader.readexactly(size + 2))[:-2]
-                while (await self._reader.readuntil(b"\n")).strip():
-                    pass  # trailers
+                chunks = _Chunks()
+                while not chunks.ended:
+                    arrived = await self._reader.read(_PIECE_BYTES)
+                    if not arrived:
+                        raise HttpError("the connection was closed before the answer ended")
+                    if piece := chunks.add(arrived):
+                        yield piece
+                if chunks.held:
+                    return  # what nobody asked for: this connection is not used again
             elif "content-length" in self.headers:
                 left = int(self.headers["content-length"])
                 while left:
@@ -67,8 +83,76 @@ class Answer:
             raise HttpError(f"the answer is no HTTP: {error}") from error
         self.complete = True
 
+    async def each(self, take: Callable[[bytes], None]) -> None:
+        """Like `pieces`, but each goes to `take` right when it arrives: no task wakes up for it."""
+        if "chunked" not in self.headers.get("transfer-encoding", "").lower():
+            async for piece in self.pieces():
+                take(piece)
+            return
+        chunks, failed = _Chunks(), []
+
+        def arrived(data: bytes) -> bool:
+            try:
+                if piece := chunks.add(data):
+                    take(piece)
+            except Exception as error:  # noqa: BLE001 - raised below
+                failed.append(error)
+            return not failed and not chunks.ended
+
+        try:
+            goes_on = arrived(await self._reader.read(_ALL_BYTES))  # what came with the head
+            self._reader.take = arrived
+            if goes_on:
+                await self._reader.read(_ALL_BYTES)  # wakes up at the end: of the connection, or the last arrival
+        except ConnectionError as error:
+            raise HttpError("the connection was closed before the answer ended") from error
+        finally:
+            self._reader.take = None
+        if failed and isinstance(failed[0], ValueError):
+            raise HttpError(f"the answer is no HTTP: {failed[0]}") from failed[0]
+        if failed:
+            raise failed[0]
+        if not chunks.ended:
+            raise HttpError("the connection was closed before the answer ended")
+        self.complete = not chunks.held
+
     async def read(self) -> bytes:
         return b"".join([piece async for piece in self.pieces()])
+
+
+class _Chunks:
+    """The chunked coding undone: what arrives in, what it says out; all whole chunks of an arrival are one piece."""
+
+    def __init__(self) -> None:
+        self.held = b""  # not understood yet: a part of a chunk, or what follows the last
+        self._trailers = False
+        self.ended = False
+
+    def add(self, arrived: bytes) -> bytes:
+        """Raises ValueError for what is no chunk."""
+        held = self.held + arrived if self.held else arrived
+        found, at = [], 0
+        while not self.ended:
+            line_end = held.find(b"\n", at)
+            if line_end < 0:
+                if len(held) - at > _LINE_BYTES:
+                    raise ValueError("a line of a chunk's size is too long")
+                break
+            if self._trailers:
+                self.ended = not held[at:line_end].strip()
+                at = line_end + 1
+                continue
+            size = int(held[at:line_end].split(b";")[0], 16)
+            if not size:
+                self._trailers, at = True, line_end + 1
+                continue
+            end = line_end + 1 + size
+            if len(held) < end + 2:
+                break
+            found.append(held[line_end + 1 : end])
+            at = end + 2
+        self.held = held[at:]
+        return found[0] if len(found) == 1 else b"".join(found)
 
 
 class Http:
@@ -139,8 +223,12 @@ class Http:
 
     async def _connect(self) -> _Connection:
         try:
-            opened = asyncio.open_connection(self.host, self.port, ssl=self._ssl, limit=_LINE_BYTES)
-            reader, writer = await asyncio.wait_for(opened, CONNECT_S)
+            loop = asyncio.get_running_loop()
+            reader = _Reader(limit=_LINE_BYTES, loop=loop)
+            protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+            opened = loop.create_connection(lambda: protocol, self.host, self.port, ssl=self._ssl)
+            transport, _ = await asyncio.wait_for(opened, CONNECT_S)
+            writer = asyncio.StreamWriter(transport, protocol, reader, loop)
         except TimeoutError as error:
             raise HttpError(f"{self.host}:{self.port} does not answer within {CONNECT_S:.0f} s") from error
         except OSError as error:

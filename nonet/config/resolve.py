@@ -22,6 +22,7 @@ from nonet.config.schema import (
     MoeConfig,
     RuntimeConfig,
     ScheduleConfig,
+    ServerConfig,
 )
 from nonet.errors import ConfigError, nearest
 
@@ -81,6 +82,7 @@ def settle(config: EngineConfig, spec: ModelSpec, *, num_gpus: int) -> tuple[Eng
             "schedule": _schedule(resolved),
             "moe": _moe(resolved, spec, notes),
             "runtime": _runtime(resolved),
+            "server": _server(resolved),
         }
     )
     resolved = resolved.model_copy(update={"cache": _cache(resolved, spec, notes)})
@@ -234,6 +236,12 @@ def _runtime(config: EngineConfig) -> RuntimeConfig:
     if threads is None:
         threads = max(1, len(os.sched_getaffinity(0)) // config.world_size)
     return config.runtime.model_copy(update={"threads_per_rank": threads})
+
+
+def _server(config: EngineConfig) -> ServerConfig:
+    """Clients name the model as whoever starts it does, not by the folder where it was found."""
+    names = config.server.served_model_name or [config.model.model]
+    return config.server.model_copy(update={"served_model_name": names})
 
 
 def kv_heads_per_rank(config: EngineConfig, spec: ModelSpec) -> int:

@@ -135,6 +135,9 @@ class ServerConfig(Section):
     )
     api_key: list[str] | None = Field(None, description="Clients must send one of these as a bearer token.")
     chat_template: str | None = Field(None, description="File with a Jinja chat template. Default: the tokenizer's.")
+    trust_request_chat_template: bool = Field(
+        False, description="Run the Jinja chat template that a request brings, in a sandbox. Only for trusted clients."
+    )
     max_request_bytes: int = Field(8 << 20, ge=1, description="Largest body of a request; more is refused with 413.")
     shutdown_timeout_s: float = Field(
         30.0, ge=0, description="On SIGTERM open requests may go on this long; then they are aborted."

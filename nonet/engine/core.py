@@ -287,6 +287,8 @@ class Core:
             preemptions=self.scheduler.num_preemptions,
             load=self.worker.load.count_LE.tolist(),
             cpu_seconds=own_cpu_seconds(),
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
         )
 
     def close(self) -> None:

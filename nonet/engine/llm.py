@@ -11,7 +11,7 @@ import itertools
 import queue
 import random
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
 from nonet.config import EngineConfig, build_config
@@ -21,7 +21,11 @@ from nonet.engine.front_end import FrontEnd, Item
 from nonet.engine.output import RequestState
 from nonet.engine.tokenizer import Tokenizer
 from nonet.errors import NonetError, RequestError
-from nonet.types import Prompt, RequestOutput, SamplingParams
+from nonet.types import CompletionOutput, Prompt, RequestOutput, SamplingParams
+
+# Called on the event loop with the one sequence of a request when it grew and goes on, while the iteration waits. True:
+# all is done, and the iteration goes on waiting. The output is the engine's own: read it at once, keep nothing of it.
+Grown = Callable[[CompletionOutput], bool]
 
 
 class _Front:
@@ -151,9 +155,11 @@ class AsyncLLM(_Front):
         *,
         request_id: str | None = None,
         data_parallel_rank: int | None = None,
-    ) -> AsyncIterator[RequestOutput]:
+        grown: Grown | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
         """The request's state each time it grows; the last one is finished. Ending the iteration aborts the request.
 
+        `grown` is a short cut for who has little to do with each token of one sequence (n = 1): see `Grown`.
         What is handed out never changes. Until an output is finished its `token_ids` and `logprobs` are views that read
         like lists (`list(...)` makes one): a copy for each token would cost the square of the stream's length.
         Raises RequestError, CapacityError, or EngineDeadError naming the rank that died.
@@ -162,16 +168,15 @@ class AsyncLLM(_Front):
         loop = asyncio.get_running_loop()
         if self._spread is None or self._spread.loop is not loop:
             self._spread = _Spread(loop)
-        arrived = _Arrived(loop)
+        arrived = _Arrived(loop, state, self.client, grown)
         state.dp_rank = self.client.submit(self._sequences(state), self._spread, data_parallel_rank, key=arrived)
         try:
-            while not state.finished:
-                for item in await arrived.take():
-                    if isinstance(item, NonetError):
-                        raise item
-                    if state.add(item):
-                        self.client.abort([item.request_id], arrived)
-                yield state.result()
+            finished = False
+            while not finished:
+                await arrived.changed()
+                result = state.result()
+                finished = result.finished  # the state may be, before this was seen
+                yield result
         finally:
             if not state.finished:
                 self.client.abort(state.ids, arrived)
@@ -217,27 +222,47 @@ class AsyncLLM(_Front):
 
 
 class _Arrived:
-    """What came for one stream and was not taken yet. Used on its event loop only."""
+    """What comes for one stream goes into its state at once, and wakes the iteration. On its event loop only."""
 
-    __slots__ = ("_items", "_loop", "_waiter")
+    __slots__ = ("_client", "_error", "_grown", "_loop", "_news", "_state", "_waiter")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._items: list[Item] = []
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, state: RequestState, client: FrontEnd, grown: Grown | None
+    ) -> None:
+        self._loop, self._state, self._client, self._grown = loop, state, client, grown
+        self._news = False  # that the iteration has not seen
+        self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, item: Item) -> None:
-        self._items.append(item)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        """Never raises: what goes wrong is raised by `changed`, and other streams go on."""
+        waiter = self._waiter
+        try:
+            if isinstance(item, NonetError):
+                raise item
+            if self._state.add(item):
+                self._client.abort([item.request_id], self)
+            if self._grown is not None and waiter is not None and not self._news:
+                output = self._state.completions[0].output
+                if output.finish_reason is None and self._grown(output):
+                    return
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is this stream's
+            self._error = self._error or error
+        self._news = True
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
-    async def take(self) -> list[Item]:
-        """Everything that is here; waits until there is something."""
-        if not self._items:
+    async def changed(self) -> None:
+        """Waits until there is news. Raises what came instead."""
+        if not self._news:
             self._waiter = self._loop.create_future()
-            await self._waiter
-        items, self._items = self._items, []
-        return items
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        self._news = False
+        if self._error is not None:
+            raise self._error
 
 
 class _Spread:

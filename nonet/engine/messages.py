@@ -117,6 +117,8 @@ class Stats(_Message):
     preemptions: int
     load: list[list[int]]  # [MoE layer][expert]: this rank's own tokens
     cpu_seconds: float
+    running: int  # sequences of this rank's scheduler that have blocks
+    waiting: int  # and those that have none yet, or lost them
 
 
 ToRank = Add | Abort | Forget | GetStats | Stop

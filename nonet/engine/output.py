@@ -5,8 +5,6 @@ Used by LLM and AsyncLLM in the front end's process.
 
 from __future__ import annotations
 
-from typing import cast
-
 from nonet.engine.messages import Chunk, TokenLogprob
 from nonet.engine.prefix import Prefix
 from nonet.engine.tokenizer import Tokenizer
@@ -17,9 +15,11 @@ class CompletionState:
     """One of a request's n sequences. `output.text` never shows a part of a stop string that may yet complete."""
 
     def __init__(self, index: int, params: SamplingParams, tokenizer: Tokenizer) -> None:
-        self.output = CompletionOutput(index)
-        if params.logprobs is not None:
-            self.output.logprobs, self.output.cumulative_logprob = [], 0.0
+        self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
+        self.output = CompletionOutput(index, token_ids=self._token_ids, logprobs=self._logprobs)
+        if self._logprobs is not None:
+            self.output.cumulative_logprob = 0.0
         self._params, self._tokenizer = params, tokenizer
         self._detokenizer = tokenizer.stream(params.skip_special_tokens)
         self._text = ""
@@ -32,12 +32,12 @@ class CompletionState:
         return self.output.finish_reason is not None
 
     def snapshot(self) -> CompletionOutput:
-        """The output as it is now: what comes later changes nothing in it. Its lists are views until it is finished."""
+        """The output as it is now: what comes later changes nothing in it. Views of its lists until it is finished."""
         out = self.output
         tokens, logprobs = out.token_ids, out.logprobs
         if out.finish_reason is None:
-            tokens = cast(list[int], Prefix(tokens))
-            logprobs = None if logprobs is None else cast(list[TokenLogprobs], Prefix(logprobs))
+            tokens = Prefix(self._token_ids)
+            logprobs = None if self._logprobs is None else Prefix(self._logprobs)
         return CompletionOutput(
             out.index, out.text, tokens, out.cumulative_logprob, logprobs, out.finish_reason, out.stop_reason
         )
@@ -48,9 +48,9 @@ class CompletionState:
         ended = chunk.finish_reason == "stop" and not self._params.include_stop_str_in_output
         hidden = len(chunk.tokens) - 1 if ended else None  # the text of the token that ended it is not shown
         for i, token in enumerate(chunk.tokens):
-            out.token_ids.append(token)
-            if chunk.logprobs is not None and out.logprobs is not None:
-                out.logprobs.append(named(chunk.logprobs[i], self._tokenizer))
+            self._token_ids.append(token)
+            if chunk.logprobs is not None and self._logprobs is not None:
+                self._logprobs.append(named(chunk.logprobs[i], self._tokenizer))
                 out.cumulative_logprob = (out.cumulative_logprob or 0.0) + chunk.logprobs[i][0][1]
             before = len(self._text)
             if i != hidden:

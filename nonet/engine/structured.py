@@ -58,7 +58,7 @@ def grammar_of(params: StructuredOutputsParams) -> str:
 async def check(params: StructuredOutputsParams) -> None:
     """Raise RequestError if there is no such grammar. Beside the event loop: large ones take a second."""
     grammar = grammar_of(params)
-    kind = next(name for name in params.__struct_fields__ if getattr(params, name))
+    kind = next(name for name in params.__struct_fields__ if getattr(params, name) not in (None, False))
     shown = str(getattr(params, kind))[:80]
     if len(grammar) > _LONGEST:
         raise RequestError(f"{_FIELD}.{kind}", shown, f"is too large; use at most {_LONGEST} characters")
@@ -114,7 +114,7 @@ class _Matcher:
             mask = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
             allowed[:] = np.unpackbits(mask, bitorder="little")[:vocab_size]
         if self._matcher.is_error():
-            log.warning("a structured output ends early: %s", self._matcher.get_error())
+            log.warning("a structured output ends early: %s", " ".join(self._matcher.get_error().split())[:300])
         if not allowed.any():
             allowed[[token for token in eos if token < vocab_size]] = True
         return ~allowed if allowed.any() else allowed  # no end token at all: nothing can be forbidden any more

@@ -16,6 +16,7 @@ class Tokenizer:
         path = Path(folder) / "tokenizer.json"
         self.folder = folder
         self.backend: Backend | None = None
+        self._lengths: dict[bool, dict[int, int]] = {False: {}, True: {}}
         if path.is_file():
             try:
                 self.backend = Backend.from_file(str(path))
@@ -36,6 +37,10 @@ class Tokenizer:
             return ""
         return str(self.backend.decode(tokens, skip_special_tokens=skip_special_tokens))
 
+    def lengths(self, skip_special_tokens: bool) -> dict[int, int]:
+        """Characters of single tokens, as far as they were asked for; streams share and fill it."""
+        return self._lengths[skip_special_tokens]
+
     def stream(self, skip_special_tokens: bool) -> Detokenizer:
         return Detokenizer(self, skip_special_tokens)
 
@@ -51,6 +56,7 @@ class Detokenizer:
         self._tokenizer, self._skip = tokenizer, skip_special_tokens
         self._window: list[int] = []
         self._shown_tokens, self._shown_text = 0, 0  # of the window
+        self._known: dict[int, int] = tokenizer.lengths(skip_special_tokens)
 
     def add(self, token: int) -> str:
         """The text that this token completes, perhaps none."""
@@ -59,7 +65,7 @@ class Detokenizer:
         if not text or text.endswith("\ufffd"):  # a character's bytes may go on in the next token
             return ""
         self._window = self._window[self._shown_tokens :]
-        self._shown_tokens, self._shown_text = len(self._window), len(self._decode())
+        self._shown_tokens, self._shown_text = len(self._window), self._length()
         return text
 
     def flush(self) -> str:
@@ -67,6 +73,16 @@ class Detokenizer:
         text = self._held()
         self._shown_tokens, self._shown_text = len(self._window), len(self._decode())
         return text
+
+    def _length(self) -> int:
+        """Characters of the window's text. Mostly it is one token, whose length alone never changes."""
+        if len(self._window) > 1:
+            return len(self._decode())
+        token = self._window[0]
+        found = self._known.get(token)
+        if found is None:
+            found = self._known[token] = len(self._decode())
+        return found
 
     def _held(self) -> str:
         return self._decode()[self._shown_text :]

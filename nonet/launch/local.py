@@ -107,7 +107,8 @@ def main() -> None:
             _run_rank(entry, place, order["payload"], supervisor)
         ranks[pid] = rank
     meeting.close()
-    events.write(json.dumps({"event": "started", "pids": list(ranks)}) + "\n")
+    with contextlib.suppress(BrokenPipeError):  # whoever started this is gone: the leash says so too
+        events.write(json.dumps({"event": "started", "pids": list(ranks)}) + "\n")
     _watch(ranks, events)
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import time
+import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -21,7 +22,7 @@ from nonet.openai.responses import CachedTokens, ChatChunk, ChatCompletion, Comp
 from nonet.server.http import while_connected
 from nonet.server.job import Job, News
 from nonet.server.logprobs import LogprobForms
-from nonet.server.sse import DONE, EventStream, event
+from nonet.server.sse import DONE, EventStream, encode, event
 
 
 class Answer(ABC):
@@ -68,6 +69,17 @@ class Answer(ABC):
             yield event(last)
         yield DONE
 
+    def cut_short(self, write: Callable[[bytes], bool]) -> None:
+        """Let the job write what brings nothing but text right when it comes, if such events differ in nothing else."""
+        body, params = self.body, self.job.params[0]
+        more = body.return_token_ids or self._every_usage or params.logprobs is not None or self.hides_output
+        if more or len(self.job.prompts) * params.n > 1:
+            return
+        mark = uuid.uuid4().hex
+        (chunk,) = self.chunks(News(0, 0, mark, [], None, None, None, first=False))
+        before, after = event(chunk).split(encode(mark))
+        self.job.short_cut = lambda text: write(b"%b%b%b" % (before, encode(text), after))
+
     def usage(self) -> Usage:
         prompt, output = self.job.num_prompt_tokens, 0 if self.hides_output else self.job.num_output_tokens
         return Usage(prompt, output, prompt + output, CachedTokens(self.job.num_cached_tokens))
@@ -76,8 +88,8 @@ class Answer(ABC):
         """OpenAI's null where the usage comes last, vLLM's usage so far where it was asked for."""
         return self.usage() if self._every_usage else None if self._last_usage else UNSET
 
-    def token_ids(self, tokens: list[int]) -> list[int] | UnsetType:
-        return tokens if self.body.return_token_ids else UNSET
+    def token_ids(self, tokens: Sequence[int]) -> list[int] | UnsetType:
+        return list(tokens) if self.body.return_token_ids else UNSET
 
     def prompt_token_ids(self, prompt: int) -> list[int] | UnsetType:
         return self.token_ids(self.job.prompts[prompt].tokens)
@@ -94,4 +106,6 @@ async def respond(request: Request, answer: Answer) -> Response:
     except BaseException:
         await events.aclose()
         raise
-    return EventStream(first, events)
+    stream = EventStream(first, events)
+    answer.cut_short(stream.write_now)
+    return stream

@@ -16,7 +16,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from nonet import __version__
-from nonet.config.checkpoint import SHIPPED
 from nonet.config.schema import EngineConfig
 from nonet.engine import structured
 from nonet.engine.llm import AsyncLLM
@@ -59,10 +58,8 @@ _RANK = "x-data-parallel-rank"
 
 
 def served_names(config: EngineConfig) -> list[str]:
-    """The names clients may ask for: those configured, or the model as a user would name it."""
-    model = config.model.model
-    shipped = model.removeprefix(f"{SHIPPED}/")
-    return config.server.served_model_name or [shipped]
+    """The names clients may ask for."""
+    return config.server.served_model_name or [config.model.model]
 
 
 class Routes:
@@ -77,8 +74,9 @@ class Routes:
         self.peers: Peers | None = None  # where several processes serve; set by `run`
         spec = llm.client.spec
         self._page = MetricsPage(self.names[0], config, spec)
-        trusted = bool(getattr(config.server, "trust_request_chat_template", False))
-        self._templates = ChatTemplates(llm.tokenizer.folder, config.server.chat_template, trusted)
+        server = config.server
+        trusted = server.trust_request_chat_template
+        self._templates = ChatTemplates(llm.tokenizer.folder, server.chat_template, trusted)
         self._encoder = Encoder(llm.tokenizer)
         self._pieces = Pieces(llm.tokenizer.backend)
         self._limits = Limits(config.model.max_model_len or spec.max_position, llm.client.cache_tokens + 1)

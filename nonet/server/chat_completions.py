@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from msgspec import UNSET
 
 from nonet.openai.responses import (
@@ -62,5 +64,5 @@ class ChatAnswer(Answer):
     def _chunk(self, choices: list[ChatChunkChoice]) -> ChatChunk:
         return ChatChunk(self.id, self.created, self.model, choices, self.usage_of_chunk())
 
-    def _entries(self, tokens: list[int], entries: list[TokenLogprobs] | None) -> ChatLogprobs | None:
+    def _entries(self, tokens: Sequence[int], entries: Sequence[TokenLogprobs] | None) -> ChatLogprobs | None:
         return self.forms.chat(tokens, entries) if entries is not None else None

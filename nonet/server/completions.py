@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from msgspec import UNSET, UnsetType
 
 from nonet.engine.tokenizer import Tokenizer
@@ -48,15 +50,14 @@ class CompletionAnswer(Answer):
 
     def _choice(self, news: News) -> CompletionChoice:
         text = "" if self.hides_output else news.text
-        tokens = [] if self.hides_output else news.token_ids
+        tokens: Sequence[int] = [] if self.hides_output else news.token_ids
+        shown = tokens
         entries: list[TokenLogprobs | None] = [] if self.hides_output else list(news.logprobs or ())
         reason = "length" if self.hides_output else news.finish_reason
         if news.first and self._echo:
             text = self._prompt_text(news.prompt) + text
-            shown = self.job.prompts[news.prompt].tokens + tokens
+            shown = [*self.job.prompts[news.prompt].tokens, *tokens]
             entries = [*(self.job.latest[news.prompt].prompt_logprobs or ()), *entries]
-        else:
-            shown = tokens
         return CompletionChoice(
             news.index,
             text,
@@ -68,7 +69,7 @@ class CompletionAnswer(Answer):
             self.prompt_token_ids(news.prompt) if news.first else UNSET,
         )
 
-    def _entries(self, index: int, tokens: list[int], entries: list[TokenLogprobs | None]) -> CompletionLogprobs:
+    def _entries(self, index: int, tokens: Sequence[int], entries: list[TokenLogprobs | None]) -> CompletionLogprobs:
         found, self._offset[index] = self.forms.completion(tokens, entries, self._offset.get(index, 0))
         return found
 

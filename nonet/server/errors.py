@@ -46,7 +46,7 @@ def error_body(error: NonetError) -> Error:
 
 
 def error_response(error: NonetError) -> Response:
-    headers = {"WWW-Authenticate": "Bearer"} if error.http_status == 401 else {}
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 408: {"Connection": "close"}}.get(error.http_status, {})
     return Response(
         msgspec.json.encode(error_body(error)), error.http_status, headers, media_type="application/json"
     )  # fmt: skip

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Sequence
 from typing import Any, TypeVar
 
 import msgspec
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -24,7 +24,9 @@ from nonet.server.errors import HttpError, error_body, error_response
 T = TypeVar("T")
 BodyT = TypeVar("BodyT", bound=Body)
 REQUEST_ID = "nonet.request_id"  # in an ASGI scope
+DIRECT_SEND = "nonet.direct_send"  # also there: for what comes after the start of a response
 _LONGEST_ID = 256
+_BODY_S = 60.0  # a body has come by then
 _DRAIN_S, _DRAIN_TIMES = 2.0, 4  # of a body that is too large this is read and dropped, so that the answer is heard
 
 
@@ -40,7 +42,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        scope[REQUEST_ID] = uuid.uuid4().hex
+        scope[REQUEST_ID], scope[DIRECT_SEND] = uuid.uuid4().hex, send
 
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -94,11 +96,17 @@ async def _read(request: Request, limit: int) -> bytes:
     if announced.isdigit() and int(announced) > limit:
         raise BodyTooLarge(int(announced), limit)
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit:
-            raise BodyTooLarge(size, limit)
-        parts.append(part)
+    try:
+        async with asyncio.timeout(_BODY_S):
+            async for part in request.stream():
+                size += len(part)
+                if size > limit:
+                    raise BodyTooLarge(size, limit)
+                parts.append(part)
+    except ClientDisconnect:
+        raise ClientGone from None
+    except TimeoutError:
+        raise HttpError(408, f"body = {size} bytes: the rest did not come within {_BODY_S:g} s", param="body") from None
     return b"".join(parts)
 
 

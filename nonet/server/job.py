@@ -10,12 +10,14 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from functools import partial
+from typing import Protocol
 
+from nonet.engine.llm import Grown
 from nonet.errors import NonetError
-from nonet.server.metrics import Metrics
+from nonet.server.metrics import Metrics, Watch
 from nonet.server.prompts import PromptTokens
 from nonet.types import CompletionOutput, RequestOutput, SamplingParams, TokenLogprobs, TokensPrompt
 
@@ -30,7 +32,8 @@ class Engine(Protocol):
         *,
         request_id: str | None = None,
         data_parallel_rank: int | None = None,
-    ) -> AsyncIterator[RequestOutput]: ...
+        grown: Grown | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]: ...
 
     async def abort(self, request_id: str, n: int = 1) -> None: ...
 
@@ -42,8 +45,8 @@ class News:
     prompt: int  # which of the request's prompts
     index: int  # of the choice, over all prompts and their n
     text: str
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs] | None
+    token_ids: Sequence[int]
+    logprobs: Sequence[TokenLogprobs] | None
     finish_reason: str | None
     stop_reason: int | str | None
     first: bool  # nothing came of this sequence before
@@ -92,7 +95,11 @@ class Jobs:
 
 
 class Job:
-    """`params` are one for each prompt, alike but for their max_tokens. `rank` pins a data-parallel rank."""
+    """`params` are one for each prompt, alike but for their max_tokens. `rank` pins a data-parallel rank.
+
+    A `short_cut` gets the new text of a job of one sequence right when it arrives, without a turn of the iteration, if
+    nothing but text is new. It returns whether it took it; the first and the last piece always take the long way.
+    """
 
     def __init__(
         self,
@@ -112,6 +119,8 @@ class Job:
         self._wake = asyncio.Event()
         self._error: Exception | None = None
         self._running = len(prompts)
+        self._grown: Grown | None = None
+        self.short_cut: Callable[[str], bool] | None = None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -136,6 +145,8 @@ class Job:
         """What came, whenever something did; what came meanwhile is one piece. Raises what the engine raises."""
         watch = self._jobs.metrics.watch(self.num_prompt_tokens, len(self.prompts) * self.n)
         cursors = [[_Cursor() for _ in range(self.n)] for _ in self.prompts]
+        if len(self.prompts) == self.n == 1:
+            self._grown = partial(self._cut_short, cursors[0][0], watch)
         self._jobs.open.add(self)
         try:
             async with contextlib.aclosing(self._changes()) as changes:
@@ -156,6 +167,17 @@ class Job:
         finally:
             self._jobs.open.discard(self)
             watch.close(self._error)
+
+    def _cut_short(self, cursor: _Cursor, watch: Watch, out: CompletionOutput) -> bool:
+        """An output that grew, by the short cut if there is one: whether that was all."""
+        if self.short_cut is None or not cursor.started or self._error is not None:
+            return False
+        if not self.short_cut(out.text[cursor.num_text :]):
+            return False
+        tokens = len(out.token_ids)
+        watch.came(0, tokens - cursor.num_tokens, None, time.perf_counter())
+        cursor.num_text, cursor.num_tokens = len(out.text), tokens
+        return True
 
     async def _changes(self) -> AsyncGenerator[list[int], None]:
         """Which prompts have news in `latest`."""
@@ -189,8 +211,7 @@ class Job:
     def _stream(self, i: int) -> AsyncGenerator[RequestOutput, None]:
         prompt = TokensPrompt(prompt_token_ids=self.prompts[i].tokens)
         engine, name = self._jobs.engine, self._names[i]
-        stream = engine.stream(prompt, self.params[i], request_id=name, data_parallel_rank=self._rank)
-        return cast("AsyncGenerator[RequestOutput, None]", stream)
+        return engine.stream(prompt, self.params[i], request_id=name, data_parallel_rank=self._rank, grown=self._grown)
 
     async def _follow(self, i: int) -> None:
         """Take in what comes for one of several prompts."""

@@ -10,6 +10,7 @@ from nonet.config.schema import ServerConfig
 from nonet.errors import ConfigError
 
 _BACKLOG = 2048
+_UNREAD_MS = 300_000  # a connection whose client takes nothing of what waits for it, or is gone, ends after that
 
 
 def listen(server: ServerConfig) -> list[socket.socket]:
@@ -51,6 +52,7 @@ def _bound(made: socket.socket, address: tuple[object, ...]) -> socket.socket:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if made.family == socket.AF_INET6:
             made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_MS)  # accepted sockets inherit it
         made.bind(address)
         made.listen(_BACKLOG)
         made.setblocking(False)

@@ -20,10 +20,6 @@ COUNTERS = {
     "vllm:generation_tokens": "Tokens generated.",
     "nonet:requests": "Requests taken in; one may hold several prompts.",
 }
-GAUGES = {
-    "vllm:num_requests_running": "Sequences that brought a token and go on.",
-    "vllm:num_requests_waiting": "Sequences that brought no token yet: they wait, or their prompt is being computed.",
-}
 ENDED = "vllm:request_success"
 HISTOGRAMS = {
     "vllm:time_to_first_token_seconds": (_SECONDS, "From a request's arrival to its first token."),
@@ -37,7 +33,7 @@ HISTOGRAMS = {
 
 def _layout() -> tuple[dict[str, int], int]:
     """Where each number stands in a row; a histogram has its buckets, the one above them, and the sum."""
-    single = [*COUNTERS, *GAUGES, *(f"{ENDED}/{reason}" for reason in REASONS)]
+    single = [*COUNTERS, *(f"{ENDED}/{reason}" for reason in REASONS)]
     places = {name: i for i, name in enumerate(single)}
     size = len(places)
     for name, (bounds, _) in HISTOGRAMS.items():
@@ -92,7 +88,6 @@ class Watch:
         self._open = set(range(sequences))
         self._heard = False
         metrics.count("nonet:requests")
-        metrics.count("vllm:num_requests_waiting", sequences)
 
     def came(self, sequence: int, tokens: int, reason: str | None, now: float) -> None:
         """So many tokens, and why the sequence ended if it did."""
@@ -108,8 +103,6 @@ class Watch:
                 metrics.observe("vllm:inter_token_latency_seconds", (now - self._latest[sequence]) / tokens, tokens)
             else:
                 self._first[sequence] = now
-                metrics.count("vllm:num_requests_waiting", -1)
-                metrics.count("vllm:num_requests_running")
             self._latest[sequence] = now
             self._tokens[sequence] += tokens
         if reason is not None:
@@ -118,7 +111,6 @@ class Watch:
     def _end(self, sequence: int, reason: str) -> None:
         metrics, tokens = self._metrics, self._tokens[sequence]
         self._open.discard(sequence)
-        metrics.count("vllm:num_requests_running" if tokens else "vllm:num_requests_waiting", -1)
         metrics.count(f"{ENDED}/{reason}")
         metrics.observe("vllm:request_generation_tokens", tokens)
         if tokens > 1:

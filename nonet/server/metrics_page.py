@@ -18,7 +18,7 @@ from nonet.config.schema import EngineConfig
 from nonet.engine.messages import Stats
 from nonet.eplb.load import imbalance, rank_load
 from nonet.eplb.placement import Placement
-from nonet.server.metrics import COUNTERS, ENDED, GAUGES, HISTOGRAMS, PLACES, REASONS
+from nonet.server.metrics import COUNTERS, ENDED, HISTOGRAMS, PLACES, REASONS
 
 
 class MetricsPage:
@@ -47,10 +47,6 @@ class MetricsPage:
             count = CounterMetricFamily(counter, text, labels=label)
             count.add_metric(name, row[PLACES[counter]])
             yield count
-        for gauge, text in GAUGES.items():
-            level = GaugeMetricFamily(gauge, text, labels=label)
-            level.add_metric(name, row[PLACES[gauge]])
-            yield level
         ended = CounterMetricFamily(ENDED, "Sequences that ended, by reason.", labels=[*label, "finished_reason"])
         for reason in REASONS:
             ended.add_metric([*name, reason], row[PLACES[f"{ENDED}/{reason}"]])
@@ -67,6 +63,14 @@ class MetricsPage:
         """One line a data-parallel rank, as its first rank counts."""
         leaders = {one.dp_rank: one for one in reversed(stats)}
         gauges: dict[str, tuple[str, dict[int, float]]] = {
+            "vllm:num_requests_running": (
+                "Sequences at work: their prompt is being computed, or they decode.",
+                {dp: one.running for dp, one in leaders.items()},
+            ),
+            "vllm:num_requests_waiting": (
+                "Sequences that wait for room.",
+                {dp: one.waiting for dp, one in leaders.items()},
+            ),
             "vllm:kv_cache_usage_perc": (
                 "Share of the KV cache in use, 0 to 1.",
                 {dp: 1 - one.free_blocks / one.num_blocks for dp, one in leaders.items()},

@@ -17,6 +17,7 @@ from torch import Tensor
 from nonet.errors import ModelError
 
 Range = tuple[int, int]
+_FLOATS = ("F32", "BF16", "F16", "F64")  # as safetensors names them; others are no plain weights: quantized, mostly
 
 
 class Checkpoint:
@@ -64,6 +65,9 @@ class Checkpoint:
             part = self._file(file).get_slice(name)
         except SafetensorError as error:
             raise ModelError(f"{self.folder / file}: tensor {name!r} is missing, though the index names it") from error
+        if part.get_dtype() not in _FLOATS:
+            what = f"tensor {name!r} has dtype {part.get_dtype()}, which is not supported"
+            raise ModelError(f"{self.folder / file}: {what}; supported: {', '.join(_FLOATS)}")
         shape = part.get_shape()
         for axis, span in enumerate((rows, columns)):
             if span is not None and (axis >= len(shape) or span[1] > shape[axis]):

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from nonet.bench import serve
-from nonet.bench.client import Completions, events
+from nonet.bench.client import Completions, Events
 from nonet.bench.datasets import Sample
 from nonet.bench.http import Answer, Http, HttpError
 from nonet.bench.lag import Lag
@@ -117,15 +117,10 @@ def test_no_server():
 def test_events_however_the_bytes_are_cut(cut):
     data = b'data: {"a": 1}\r\n\r\n: comment\n\ndata: x\ndata: y\n\nevent: ping\n\ndata:[DONE]\n\n'
 
-    class Cut:
-        async def pieces(self):
-            for i in range(0, len(data), cut):
-                yield data[i : i + cut]
-
-    async def run():
-        return [event async for event in events(Cut())]
-
-    assert asyncio.run(run()) == [b'{"a": 1}', b"x\ny", b"[DONE]"]
+    events = Events()
+    found = [event for i in range(0, len(data), cut) for event in events.add(data[i : i + cut])]
+    assert found == [b'{"a": 1}', b"x\ny", b"[DONE]"]
+    assert events.held == b""
 
 
 @pytest.mark.parametrize(

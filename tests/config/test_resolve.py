@@ -62,6 +62,15 @@ def test_nothing_is_left_open(resolved):
     assert resolve(config, read_spec(config.model.model), num_gpus=0) == config, "there is nothing left to resolve"
 
 
+def test_clients_name_the_model_as_it_was_given():
+    config = build_config("nonet-tiny", device="cpu")
+    named = resolve(config, read_spec("nonet-tiny"), num_gpus=0)
+    assert os.path.isdir(named.model.model)
+    assert named.server.served_model_name == ["nonet-tiny"]
+    other = build_config("nonet-tiny", device="cpu", served_model_name=["a", "b"])
+    assert resolve(other, read_spec("nonet-tiny"), num_gpus=0).server.served_model_name == ["a", "b"]
+
+
 def test_what_was_given_stays(resolved):
     given = {"dtype": "float32", "max_model_len": 100, "tokenizer": "t", "num_blocks": 7, "threads_per_rank": 3}
     config = resolved(**given, expert_backend="reference", device="cpu")

@@ -73,6 +73,7 @@ def test_a_command_of_a_document(case: Case, printed, large):
     wanted = {**case.settings}
     balancer = "moe.load_balancer."
     wanted.setdefault(f"{balancer}num_slots", 256)
+    wanted.setdefault("server.served_model_name", [large])
     wanted[f"{balancer}num_redundant_experts"] = wanted[f"{balancer}num_slots"] - 256
     default = flat(build_config("m").model_dump())
     default[f"{balancer}num_redundant_experts"] = 0

@@ -88,7 +88,7 @@ def test_counters_from_any_of_them(start):
 
     def answer() -> None:
         asked = node.wait_for(0, m.GetStats)[0]
-        node.say(m.Stats(asked.number, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, [[1]], 0.5), front_end=asked.front_end)
+        node.say(m.Stats(asked.number, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, [[1]], 0.5, 1, 0), front_end=asked.front_end)
 
     answering = threading.Thread(target=answer)
     answering.start()

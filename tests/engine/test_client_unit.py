@@ -194,7 +194,7 @@ def test_a_sequence_that_a_rank_refuses(start, kind, arguments, error, words):
 
 
 def stats_of(rank: int, number: int) -> m.Stats:
-    return m.Stats(number, rank, rank, 1, 2, 3, 4, 5, 6, 7, 8, [[rank]], 0.5)
+    return m.Stats(number, rank, rank, 1, 2, 3, 4, 5, 6, 7, 8, [[rank]], 0.5, 1, 0)
 
 
 def test_stats_of_all_ranks_in_their_order(start):

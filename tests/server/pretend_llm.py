@@ -37,7 +37,7 @@ class PretendLLM:
         self.pending = [0, 0]
 
     async def stream(
-        self, prompt, sampling_params, *, request_id=None, data_parallel_rank=None
+        self, prompt, sampling_params, *, request_id=None, data_parallel_rank=None, grown=None
     ) -> AsyncIterator[RequestOutput]:
         p, ids = sampling_params, prompt["prompt_token_ids"]
         self.seen.append((ids, p, request_id, data_parallel_rank))
@@ -62,7 +62,9 @@ class PretendLLM:
                         out.logprobs.append(self._entry(self.tokens[i], p.logprobs))
                     if i + 1 == min(len(self.tokens), p.max_tokens or 1):
                         out.finish_reason = "length" if i + 1 == p.max_tokens else "stop"
-                yield result
+                alone = len(outputs) == 1 and outputs[0].finish_reason is None
+                if not (alone and grown is not None and grown(outputs[0])):
+                    yield result
         finally:
             if any(out.finish_reason is None for out in outputs):
                 self.aborted.append(request_id)
@@ -83,7 +85,8 @@ class PretendLLM:
         """Both ranks sent one token to every expert of every layer; rank 1 has a quarter of its blocks in use."""
         load = [[1] * 32 for _ in range(5)]
         return [
-            Stats(0, rank, rank, 7, 40 + rank, 9, 0, 3, 80 - 20 * rank, 80, rank, load, 0.5) for rank in range(2)
+            Stats(0, rank, rank, 7, 40 + rank, 9, 0, 3, 80 - 20 * rank, 80, rank, load, 0.5, 1 + rank, 2 * rank)
+            for rank in range(2)
         ]
 
     async def wait_dead(self) -> NonetError:

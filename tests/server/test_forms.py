@@ -260,8 +260,9 @@ def test_metrics_add_up():
     own = '{model_name="nonet-tiny"}'
     for line in (
         f"vllm:generation_tokens_total{own} 9.0",
-        f"vllm:num_requests_running{own} 0.0",
-        f"vllm:num_requests_waiting{own} 0.0",
+        'vllm:num_requests_running{engine="0",model_name="nonet-tiny"} 1.0',
+        'vllm:num_requests_running{engine="1",model_name="nonet-tiny"} 2.0',
+        'vllm:num_requests_waiting{engine="1",model_name="nonet-tiny"} 2.0',
         'vllm:request_success_total{finished_reason="length",model_name="nonet-tiny"} 2.0',
         'vllm:request_success_total{finished_reason="stop",model_name="nonet-tiny"} 1.0',
         f"vllm:time_to_first_token_seconds_count{own} 2.0",
@@ -308,6 +309,16 @@ def test_models_and_names():
         assert response.json()["error"]["code"] == "model_not_found"
         assert "served: big, org/small" in response.json()["error"]["message"]
     assert [card["id"] for card in ask(PretendLLM(), "/v1/models").json()["data"]] == ["nonet-tiny"]
+
+
+def test_a_requests_template_is_run_only_if_clients_are_trusted():
+    body = {**HI, "chat_template": "{{ messages[0].content }}, is it?"}
+    response = ask(PretendLLM(), CHAT, body)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "chat_template"
+    llm = PretendLLM(trust_request_chat_template=True)
+    assert ask(llm, CHAT, body).status_code == 200
+    assert llm.tokenizer.decode(llm.seen[0][0], False) == "hi, is it?"
 
 
 def test_a_key_guards_v1_only():

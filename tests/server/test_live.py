@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import time
 
@@ -297,6 +298,27 @@ def test_a_closed_connection_ends_its_requests(server, http):
                     impatient.post("/v1/completions", json=body)
         assert server.all_free()
     assert http.post("/v1/completions", json={"prompt": "a", **GREEDY}).status_code == 200
+
+
+def test_running_and_waiting_sequences_by_engine(server, http):
+    """128 sequences run at a time. When all have ended, none is counted."""
+
+    def counted() -> dict[str, float]:
+        page = http.get("/metrics").text
+        found = re.findall(r'^vllm:num_requests_(\w+)\{engine="(\d)".*\} (.*)$', page, re.MULTILINE)
+        return {f"{what} {engine}": float(value) for what, engine, value in found}
+
+    body = {"prompt": "a", "n": 130, "max_tokens": 1500, "ignore_eos": True, "stream": True}
+    with httpx.Client(base_url=server.url, timeout=60, headers={"X-data-parallel-rank": "1"}) as client:
+        with client.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.iter_lines()  # kept: the connection ends with it
+            next(lines)
+            during = counted()
+    assert during["running 1"] + during["waiting 1"] == 130
+    assert 2 <= during["waiting 1"] < 130
+    assert during["running 0"] == during["waiting 0"] == 0
+    assert server.all_free()
+    assert not any(counted().values())
 
 
 def test_equal_ids_do_not_collide(server):

@@ -80,6 +80,14 @@ def test_bytes_add_up_in_the_type_of_the_file(single):
     assert checkpoint.bytes_read == 12 + 8 * 4
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn])
+def test_what_is_no_plain_weight_is_refused(tmp_path, dtype):
+    """Not turned into numbers that mean something else."""
+    save_file({"a": torch.ones(4, 2).to(dtype)}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match="tensor 'a' has dtype .*, which is not supported; supported: F32, BF16"):
+        opened(tmp_path).read("a")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_tensors_come_in_the_wanted_type(single, dtype):
     got = opened(single, dtype).read("a")

@@ -18,7 +18,8 @@ from numba.np.arrayobj import make_array
 from nonet.kernels.cpu.scalar import f32, intrinsic
 
 # Numba's own settings may ask for code that runs on other processors too.
-HAS_BF16_DOT = not config.CPU_NAME and bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16"))
+_any_processor: bool = bool(config.CPU_NAME)  # type: ignore[attr-defined]
+HAS_BF16_DOT = not _any_processor and bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16"))
 MOST_ROWS = 4  # of one call: with more the products, no longer the weights, would take the time
 _LANES = 32
 # Weights come from memory, and the hardware's own prefetching stops at every page: asking for each line this far ahead
