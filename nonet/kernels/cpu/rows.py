@@ -21,9 +21,9 @@ def words(x: Tensor) -> np.ndarray:
     return x.view(_WORDS[x.dtype.itemsize]).numpy()
 
 
-def sum_pairs(y_MD: Tensor, pair_NK: Tensor, weight_M: Tensor, dtype: torch.dtype) -> Tensor:
-    """[N, D] in float32 or y's type: each row's pairs, weighted and summed in k order; pairs -1 add nothing."""
-    out = torch.empty((pair_NK.shape[0], y_MD.shape[1]), dtype=dtype)
+def sum_pairs(y_MD: Tensor, pair_NK: Tensor, weight_M: Tensor) -> Tensor:
+    """[N, D]: each row's pairs, weighted and summed in k order; pairs -1 add nothing."""
+    out = torch.empty((pair_NK.shape[0], y_MD.shape[1]), dtype=y_MD.dtype)
     _sum(view(y_MD), view(pair_NK), view(weight_M), view(out))
     return out
 
@@ -47,23 +47,7 @@ def collect(y_SDC: Tensor, start_S: Tensor, count_S: Tensor, out_MD: Tensor) -> 
     _collect(words(y_SDC), view(start_S), view(count_S), words(out_MD))
 
 
-def add_rows(total_TD: Tensor, token_P: Tensor, y_PD: Tensor) -> None:
-    """total (float32) += y, whose row p belongs to token p."""
-    _add(view(total_TD), view(token_P), view(y_PD.float() if y_PD.dtype == torch.float16 else y_PD))
-
-
-@jit(*for_types("void(float32[:,::1], int64[::1], T[:,::1])"))
-def _add(total, token, y):
-    for p in range(len(token)):
-        to, row = total[token[p]], y[p]
-        for d in range(len(row)):
-            to[d] += f32(row[d])
-
-
-@jit(
-    *for_types("void(T[:,::1], int64[:,::1], float32[::1], T[:,::1])"),
-    "void(uint16[:,::1], int64[:,::1], float32[::1], float32[:,::1])",
-)
+@jit(*for_types("void(T[:,::1], int64[:,::1], float32[::1], T[:,::1])"))
 def _sum(y, pair, weight, out):
     N, K = pair.shape
     D = y.shape[1]

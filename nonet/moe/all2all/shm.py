@@ -21,6 +21,7 @@ from nonet.comm.group import Pending
 from nonet.comm.peer import Windows, align
 from nonet.comm.wait import wait_until
 from nonet.errors import ConfigError
+from nonet.kernels import cpu
 from nonet.kernels.cpu import exchange
 from nonet.kernels.cpu.exchange import addresses
 from nonet.moe.all2all._rows import sum_spread
@@ -95,8 +96,13 @@ class SharedMemory:
     def _pull(self, ticket: _Ticket) -> Tensor:
         self._wait("combine", self._ready_at, ticket.epoch)
         start_R = exchange.numbers(self._ready_at)
-        if self.takes == "rows":
+        if self.takes == "rows" and cpu.handles(ticket.x_TD):
             return exchange.pull(self._y_at, start_R, ticket.sent, ticket.x_TD)
+        if self.takes == "rows":  # the same for float16, which is no type of those kernels
+            total_TD = torch.zeros(ticket.x_TD.shape, dtype=torch.float32)
+            for y, start, token_T, count in zip(self._y, start_R.tolist(), *ticket.sent, strict=True):
+                total_TD.index_add_(0, torch.from_numpy(token_T[:count]), y[start : start + int(count)].float())
+            return total_TD.to(self.spec.dtype)
         slot_TK, D = ticket.slot_TK, self.spec.hidden_size
         out_TKD = torch.zeros((*slot_TK.shape, D), dtype=self.spec.dtype)
         for r, (y, start) in enumerate(zip(self._y, start_R.tolist(), strict=True)):

@@ -38,7 +38,7 @@ class Grouped:
         from nonet.kernels.cpu import rows
 
         y_MD = _on_cpu(sent, weights, counts, self._pool)
-        return y_MD if takes == "pairs" else rows.sum_pairs(y_MD, sent.pair_NK, sent.weight_M, y_MD.dtype)
+        return y_MD if takes == "pairs" else rows.sum_pairs(y_MD, sent.pair_NK, sent.weight_M)
 
 
 def _each(sent: Dispatched, weights: SlotWeights, counts: list[int]) -> Tensor:
