@@ -254,3 +254,13 @@ def test_processors_without_the_bfloat16_instruction(tmp_path):
     pytest_here = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(pytest_here, env=env, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout
+
+
+def test_without_a_folder_to_keep_them_kernels_are_compiled_each_time():
+    code = (
+        "import warnings\nfrom numba.core.caching import CacheImpl\nCacheImpl._locator_classes = []\n"
+        "with warnings.catch_warnings(record=True) as said:\n    from nonet.kernels.cpu import norm\n"
+        "assert {'NUMBA_CACHE_DIR' in str(one.message) for one in said} == {True}\n"
+        "import torch; assert norm.rms_norm(torch.ones(1, 4), torch.ones(4), 0.0).tolist() == [[1.0] * 4]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

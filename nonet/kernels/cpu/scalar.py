@@ -5,6 +5,7 @@ Used by the other files here; knows no tensors.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numba.extending
@@ -21,7 +22,19 @@ FAST = {"reassoc", "contract", "nsz"}
 
 def jit(*signatures: str) -> Any:
     """Compile for these signatures now, or read what an earlier process compiled. Releases the interpreter lock."""
-    return njit(list(signatures), fastmath=FAST, nogil=True, cache=True, boundscheck=False, error_model="numpy")
+    options: dict[str, Any] = dict(fastmath=FAST, nogil=True, boundscheck=False, error_model="numpy")
+
+    def compiled(function: Any) -> Any:
+        try:
+            return njit(list(signatures), cache=True, **options)(function)
+        except RuntimeError as error:
+            if "cannot cache" not in str(error):
+                raise
+            remedy = "set NUMBA_CACHE_DIR to a folder that can be written"
+            warnings.warn(f"CPU kernels are compiled again at each start: {remedy}", stacklevel=2)
+            return njit(list(signatures), **options)(function)
+
+    return compiled
 
 
 def for_types(signature: str) -> tuple[str, str]:
