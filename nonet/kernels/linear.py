@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Where a call of oneDNN costs more than it saves (measured): up to so many rows, and for weights of so many numbers.
-MOST_STREAMED, SMALL = 2, 1 << 15
+MOST_STREAMED, SMALL = 4, 1 << 15
 
 
 @dataclass(frozen=True, slots=True)

@@ -230,6 +230,35 @@ def test_experts_of_few_rows(slots, dtype):
         near(got, Reference()(given, own, "pairs")[:total], dtype)
 
 
+@pytest.mark.parametrize(
+    ("D", "width", "counts"),
+    [
+        (64, 32, [0, 1, 4, 5, 16, 17, 33, 0, 100]),
+        (96, 64, [31, 3]),
+        (4096, 32, [150]),  # more rows than are packed at a time
+        (40, 32, [20, 1]),  # no multiple of a tile's depth
+    ],
+)
+def test_experts_of_many_rows_between_other_products(D, width, counts):
+    """Also that the library's products by the same registers are right before and after."""
+    count_S = torch.tensor(counts)
+    start_S = count_S.cumsum(0) - count_S
+    row_M = torch.arange(sum(counts)) * 7 % 50
+    shapes = (len(counts), 2 * width, D), (len(counts), D, width)
+    gate_up, down = (draw(*shape, dtype=torch.bfloat16, scale=shape[2] ** -0.5) for shape in shapes)
+    x_ND, other = draw(50, D, dtype=torch.bfloat16), draw(64, 64, dtype=torch.bfloat16)
+    before = other @ other
+    with ThreadPoolExecutor(1) as threads:
+        for pool in (None, threads):
+            got = experts.run_experts(x_ND, row_M, start_S, count_S, (gate_up, down), counts, pool)
+            assert torch.equal(other @ other, before)
+            for s, (first, count) in enumerate(zip(start_S.tolist(), counts, strict=True)):
+                own = slice(first, first + count)
+                gate, up = (x_ND[row_M[own]].float() @ gate_up[s].float().t()).chunk(2, dim=1)
+                want = (F.silu(gate) * up).bfloat16().float() @ down[s].float().t()
+                near(got[own], want, torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 2), (7, 10), (3, 8, 5)])
 def test_silu_and_multiply(shape, dtype):

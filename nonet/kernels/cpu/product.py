@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nonet.kernels.cpu import view
-from nonet.kernels.cpu.dot import HAS_BF16_DOT, MOST_ROWS, dots
+from nonet.kernels.cpu.dot import HAS_BF16_DOT, MOST_ROWS, products
 from nonet.kernels.cpu.scalar import f32, for_types, jit, put
 
 STREAMS = HAS_BF16_DOT  # without that instruction oneDNN is faster
@@ -29,9 +29,8 @@ def _linear(x, weight, bias, out):
     own = np.zeros((groups * MOST_ROWS, x.shape[1]), x.dtype)
     total = np.empty((groups * MOST_ROWS, len(weight)), np.float32)
     own[:T] = x
-    for n in range(len(weight)):
-        for first in range(0, T, MOST_ROWS):
-            dots(weight[n], own[first:], min(MOST_ROWS, T - first), total[first:], n)
+    for first in range(0, T, MOST_ROWS):
+        products(weight, own[first:], min(MOST_ROWS, T - first), total[first:])
     for t in range(T):
         to, row = out[t], total[t]
         if len(bias):

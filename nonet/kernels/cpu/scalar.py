@@ -69,17 +69,23 @@ def put(array, i, value):
     raise NotImplementedError("only inside compiled code")
 
 
+@njit(inline="always")
+def bfloat16_bits(value):
+    """The bits of a float32 rounded to the nearest bfloat16 (ties to even), in the lower half of a uint32."""
+    bits = _as_bits(np.float32(value))
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    nearest = (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+    is_nan = np.uint32(bits & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000))  # it stays one; without a branch
+    mask = np.uint32(np.uint32(0) - is_nan)
+    return (nearest & ~mask) | (np.uint32(0x7FC0) & mask)
+
+
 @overload(put, inline="always")
 def _put(array, i, value):
     if isinstance(array.dtype, types.Integer):
 
         def rounded(array, i, value):
-            bits = _as_bits(np.float32(value))
-            odd = (bits >> np.uint32(16)) & np.uint32(1)
-            nearest = (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
-            is_nan = np.uint32(bits & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000))  # it stays one; without a branch
-            mask = np.uint32(np.uint32(0) - is_nan)
-            array[i] = np.uint16((nearest & ~mask) | (np.uint32(0x7FC0) & mask))
+            array[i] = np.uint16(bfloat16_bits(value))
 
         return rounded
 

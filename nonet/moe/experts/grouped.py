@@ -63,11 +63,11 @@ def _on_cpu(sent: Dispatched, weights: SlotWeights, counts: list[int], pool: Thr
     from nonet.kernels.cpu import experts
 
     total, C = sum(counts), bucket(max(counts, default=0))
-    if weights.stacked is not None and 0 < C <= MOST_PADDED:
-        if total <= experts.most_pairs(len(counts), sent.x_ND.dtype):
+    if weights.stacked is not None and total:
+        if experts.handles(total, weights.stacked):
             where = sent.row_M, sent.start_S, sent.count_S
             return experts.run_experts(sent.x_ND, *where, weights.stacked, counts, pool)
-        if C * len(counts) <= 4 * total:  # a batch computes C rows of every slot
+        if C <= MOST_PADDED and C * len(counts) <= 4 * total:  # a batch computes C rows of every slot
             return _batched(sent, weights.stacked, total, C)
     return _each_on_cpu(sent, weights, counts)
 
