@@ -44,7 +44,8 @@ def test_help_names_every_command(cli):
     assert (code, err) == (0, "")
     commands = re.search(r"Commands:\n((?:  .*\n)+)", out)
     assert commands is not None
-    assert re.findall(r"^  (\w+)", commands[1], re.MULTILINE) == ["serve", "generate", "bench", "demo", "config"]
+    named = re.findall(r"^  (\w+)", commands[1], re.MULTILINE)
+    assert named == ["serve", "generate", "bench", "demo", "config", "eplb"]
 
 
 def test_no_arguments_shows_help(cli, monkeypatch):
@@ -52,7 +53,7 @@ def test_no_arguments_shows_help(cli, monkeypatch):
     assert cli() == cli("--help")
 
 
-@pytest.mark.parametrize("command", ["serve", "generate", "bench", "demo", "config"])
+@pytest.mark.parametrize("command", ["serve", "generate", "bench", "demo", "config", "eplb"])
 def test_help_of_a_command(cli, command):
     code, out, err = cli(command, "--help")
     assert (code, err) == (0, "")

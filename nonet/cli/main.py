@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from nonet.cli import eplb
 from nonet.cli.flags import EngineCommand, RawCommand, ServeCommand, said
 from nonet.config.dialects import Said
 from nonet.errors import ConfigError, NonetError, RequestError
@@ -135,6 +136,9 @@ def bench(ctx: typer.Context) -> None:
     from nonet.cli.bench import main
 
     raise typer.Exit(main(ctx.args))
+
+
+_cli.add_typer(eplb.app, short_help="Balance experts: report, plan, simulate, advise.")
 
 
 @_cli.command(short_help="Show expert-parallel ranks at work on this host's CPUs.")

@@ -14,7 +14,6 @@ from nonet.config.checkpoint import read_spec
 from nonet.config.dialects import Given, Said, read_said
 from nonet.config.resolve import settle
 from nonet.config.schema import Section
-from nonet.eplb.placement import Placement
 from nonet.errors import NonetError
 
 _HIDDEN = ("server.api_key",)
@@ -47,10 +46,7 @@ def resolved_text(given: Given) -> str:
     gpus = asked.parallel.device == "cuda" or (asked.parallel.device == "auto" and glob.glob("/dev/nvidia[0-9]*"))
     spec = read_spec(asked.model.model)
     resolved, notes = settle(asked, spec, num_gpus=asked.world_size if gpus else 0)
-    balancer, ranks = resolved.moe.load_balancer, resolved.world_size
-    if balancer.initial_global_assignments is not None:  # what else only the ranks would check
-        assignments, slots = balancer.initial_global_assignments, balancer.num_slots or spec.num_experts
-        Placement.from_assignments(assignments, spec.moe_layers, spec.num_experts, slots, ranks)
+    ranks = resolved.world_size
     lines = [f"# nonet {__version__}: {ranks} rank{'s' * (ranks > 1)}"]
     lines += [f"# note: {note}" for note in (*given.notes, *notes)]
     return "\n".join([*lines, *_lines(resolved, asked, given.origin)]) + "\n"

@@ -37,6 +37,8 @@ class ModelSpec:
     moe_layers: tuple[int, ...]  # indices of the layers that hold experts
     rope_theta: float
     rms_norm_eps: float
+    kv_lora_rank: int  # multi-head latent attention: what keys and values are compressed to; else 0
+    qk_rope_head_dim: int  # and the rotated part beside it
     tie_word_embeddings: bool
     eos_token_ids: tuple[int, ...]
     raw: dict[str, Any] = field(repr=False)
@@ -72,13 +74,18 @@ def read_spec(model: str) -> ModelSpec:
         raise ModelError(f"{folder / 'config.json'}: {error}") from error
 
 
+def require(spec: ModelSpec, ok: bool, key: str, value: object, supported: str) -> None:
+    """For families too: raise ModelError where config.json asks for what is not done here."""
+    if not ok:
+        raise ModelError(f"{spec.folder / 'config.json'}: {key} = {value!r} is not supported; supported: {supported}")
+
+
 def refuse_unsupported(spec: ModelSpec) -> None:
     """Raise ModelError for what config.json asks for and nobody here does: to ignore it would give wrong text."""
-    raw, path = spec.raw, spec.folder / "config.json"
+    raw = spec.raw
 
     def check(ok: bool, key: str, value: object, supported: str) -> None:
-        if not ok:
-            raise ModelError(f"{path}: {key} = {value!r} is not supported; supported: {supported}")
+        require(spec, ok, key, value, supported)
 
     for key in ("rope_scaling", "rope_parameters"):
         rope = raw.get(key) or {}
@@ -124,6 +131,8 @@ def _spec(folder: Path, raw: dict[str, Any]) -> ModelSpec:
         moe_layers=_moe_layers(raw, layers),
         rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
         rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        kv_lora_rank=int(raw.get("kv_lora_rank") or 0),
+        qk_rope_head_dim=int(raw.get("qk_rope_head_dim") or 0),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
         raw=raw,
@@ -139,10 +148,15 @@ def _count(raw: dict[str, Any], key: str) -> int:
 
 
 def _moe_layers(raw: dict[str, Any], layers: int) -> tuple[int, ...]:
-    """Qwen's rule: every `decoder_sparse_step`-th layer but for `mlp_only_layers`."""
-    step = int(raw.get("decoder_sparse_step") or 1)
+    """By the keys of any family: Llama 4 lists them or gives a step, DeepSeek begins with dense layers, Qwen leaves out
+    those of `mlp_only_layers`; steps count from 1, but for DeepSeek's `moe_layer_freq`."""
+    if raw.get("moe_layers") is not None:
+        return tuple(int(layer) for layer in raw["moe_layers"])
+    step = int(raw.get("decoder_sparse_step") or raw.get("interleave_moe_layer_step") or 1)
+    first, every = int(raw.get("first_k_dense_replace") or 0), int(raw.get("moe_layer_freq") or 1)
     dense = set(raw.get("mlp_only_layers") or ())
-    return tuple(layer for layer in range(layers) if layer not in dense and (layer + 1) % step == 0)
+    kept = (layer for layer in range(first, layers) if layer % every == 0 and (layer + 1) % step == 0)
+    return tuple(layer for layer in kept if layer not in dense)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

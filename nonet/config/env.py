@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Callable, Mapping
 
-from nonet.config.schema import EngineConfig
+from nonet.config.schema import EngineConfig, iteration_range
 from nonet.errors import ConfigError
 
 
@@ -28,19 +28,25 @@ def _count(name: str, value: str) -> int:
     return int(value)
 
 
+def _range(name: str, value: str) -> str:
+    iteration_range(name, value)
+    return value
+
+
 # variable -> (leaf of the configuration, how to read it)
 VARIABLES: dict[str, tuple[str, Callable[[str, str], object]]] = {
     "VLLM_MOE_ROUTING_SIMULATION_STRATEGY": ("routing_simulation", _text),
     "VLLM_RANDOMIZE_DP_DUMMY_INPUTS": ("randomize_dp_dummy_inputs", _flag),
     "VLLM_MOE_DP_CHUNK_SIZE": ("dp_chunk_size", _count),
+    "EXPERT_STATISTIC_ITER_RANGE": ("expert_statistic_iter_range", _range),
+    "EXPERT_STATISTIC_PATH": ("expert_statistic_path", _text),
 }
 
 # variable -> what it asks for and is not built
-MISSING = {"EXPERT_STATISTIC_ITER_RANGE": "recording of expert statistics"}
+MISSING: dict[str, str] = {}
 
 # variable -> why it may be set and stands for no setting
 HARMLESS = {
-    "EXPERT_STATISTIC_PATH": "Only a folder, for what EXPERT_STATISTIC_ITER_RANGE asks for.",
     "GLOO_SOCKET_IFNAME": "Read by PyTorch's gloo in the ranks; an interface that is not there is refused.",
     "TRTLLM_EPLB_SHM_NAME": "Shared memory has no names here, so several servers on a host need none.",
 }

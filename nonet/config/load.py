@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -15,6 +15,8 @@ from pydantic import ValidationError
 from nonet.config import env
 from nonet.config.schema import EngineConfig, Section
 from nonet.errors import ConfigError, nearest
+
+S = TypeVar("S", bound=Section)
 
 
 def leaves() -> dict[str, str]:
@@ -45,7 +47,7 @@ def build_config(model: str | None = None, /, **settings: Any) -> EngineConfig:
     """
     if model is not None:
         settings["model"] = model
-    return _validate(_merge(env.settings(), settings))
+    return validate(EngineConfig, _merge(env.settings(), settings))
 
 
 def load_config(path: str | Path, /, **settings: Any) -> EngineConfig:
@@ -61,7 +63,7 @@ def load_config(path: str | Path, /, **settings: Any) -> EngineConfig:
         raise ConfigError("config", str(path), f"is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ConfigError("config", str(path), "must hold a mapping of settings")
-    return _validate(_merge(env.settings(), tree, settings))
+    return validate(EngineConfig, _merge(env.settings(), tree, settings))
 
 
 def _merge(*sources: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,9 +113,10 @@ def _dotted(name: str, value: object) -> str:
     return dotted
 
 
-def _validate(tree: dict[str, Any]) -> EngineConfig:
+def validate(section: type[S], tree: Mapping[str, Any]) -> S:
+    """A section from a nested mapping of its settings. Raises ConfigError for the first value that is bad."""
     try:
-        return EngineConfig.model_validate(tree)
+        return section.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])

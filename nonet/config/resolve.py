@@ -10,9 +10,11 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from nonet import plugins
 from nonet.config import env
+from nonet.config.assignments import check_assignments
 from nonet.config.checkpoint import DTYPE_BYTES, ModelSpec, refuse_unsupported
 from nonet.config.schema import (
     CacheConfig,
@@ -154,6 +156,8 @@ def _moe(config: EngineConfig, spec: ModelSpec, notes: list[Note]) -> MoeConfig:
         over_all = moe.dp_chunk_size * config.world_size
         update["max_num_tokens"] = min(over_all, moe.max_num_tokens or over_all)
     update["load_balancer"] = _load_balancer(config, spec, notes)
+    if moe.recorded_iterations:  # ranks may stand elsewhere
+        update["expert_statistic_path"] = str(Path(moe.expert_statistic_path).expanduser().absolute())
     return moe.model_copy(update=update)
 
 
@@ -202,18 +206,28 @@ def _load_balancer(config: EngineConfig, spec: ModelSpec, notes: list[Note]) -> 
         near = slots - slots % config.world_size
         near = near if near >= spec.num_experts else near + config.world_size
         raise ConfigError("num_slots", slots, f"does not divide over {config.world_size} ranks; nearest: {near}")
-    if balancer.initial_global_assignments is not None and not config.parallel.enable_expert_parallel:
-        raise ConfigError("initial_global_assignments", "(given)", "needs enable_expert_parallel")
+    if balancer.replica_dispatch != "even" and not config.parallel.enable_expert_parallel:
+        raise ConfigError("replica_dispatch", balancer.replica_dispatch, "replicas need enable_expert_parallel")
+    given = balancer.initial_global_assignments
+    if given is not None:
+        if balancer.num_slots == 0:
+            raise ConfigError("num_slots", 0, "switches the balancer off; leave initial_global_assignments out")
+        if not config.parallel.enable_expert_parallel:
+            raise ConfigError("initial_global_assignments", "(given)", "needs enable_expert_parallel")
+        check_assignments(given, spec.moe_layers, spec.num_experts, slots)
     return balancer.model_copy(update={"num_slots": slots, "num_redundant_experts": redundant})
 
 
 def _slots(config: EngineConfig, spec: ModelSpec, notes: list[Note]) -> tuple[int, int]:
     """(slots beyond one an expert, all slots). Redundant experts are rounded up so that ranks have equally many."""
     balancer, ranks = config.moe.load_balancer, config.world_size
-    slots, redundant = balancer.num_slots or spec.num_experts, balancer.num_redundant_experts
+    slots, redundant = balancer.num_slots, balancer.num_redundant_experts
+    if slots is None and balancer.initial_global_assignments:
+        slots = max(spec.num_experts, len(next(iter(balancer.initial_global_assignments.values()))))
+    given, slots = slots, slots or spec.num_experts
     if redundant is None:
         return slots - spec.num_experts, slots
-    if balancer.num_slots:
+    if given:
         beyond = slots - spec.num_experts
         if beyond != redundant:
             remedy = f"num_slots = {slots} leaves {beyond} beyond the {spec.num_experts} experts; give one of the two"
@@ -249,10 +263,21 @@ def kv_heads_per_rank(config: EngineConfig, spec: ModelSpec) -> int:
     return max(1, spec.num_kv_heads // config.parallel.tensor_parallel_size)
 
 
+def cached_parts(config: EngineConfig, spec: ModelSpec) -> tuple[tuple[int, int], ...]:
+    """(heads, width) of each thing that a layer caches of a token on one rank.
+
+    Keys and values; with multi-head latent attention the one vector that both come from, and its rotated part.
+    """
+    if spec.kv_lora_rank:
+        return ((1, spec.kv_lora_rank + spec.qk_rope_head_dim),)
+    heads = kv_heads_per_rank(config, spec)
+    return (heads, spec.head_dim), (heads, spec.head_dim)
+
+
 def block_bytes(config: EngineConfig, spec: ModelSpec) -> int:
     """Bytes of one KV block over all layers on one rank."""
-    heads = kv_heads_per_rank(config, spec)
-    return 2 * spec.num_layers * config.cache.block_size * heads * spec.head_dim * DTYPE_BYTES[config.model.dtype]
+    numbers = sum(heads * width for heads, width in cached_parts(config, spec))
+    return spec.num_layers * config.cache.block_size * numbers * DTYPE_BYTES[config.model.dtype]
 
 
 def _cache(config: EngineConfig, spec: ModelSpec, notes: list[Note]) -> CacheConfig:

@@ -11,6 +11,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from nonet.errors import ConfigError
+
 
 class Section(BaseModel):
     """A frozen group of settings; an unknown key is an error."""
@@ -79,6 +81,12 @@ class LoadBalancerConfig(Section):
     initial_global_assignments: dict[int, list[int]] | None = Field(
         None, description="Layer index -> the expert in each of the num_slots slots; successive slots share a rank."
     )
+    replica_dispatch: Literal["even", "waterfill", "waterfill-average"] = Field(
+        "even",
+        description="Which replica of an expert gets a token. even: each as many. waterfill: where ranks have least to "
+        "do, by the tokens of all ranks in this step, which they exchange first. waterfill-average: the same by a "
+        "running average.",
+    )
     layer_updates_per_iter: int = Field(0, ge=0, description="Layers rebalanced in one step. 0: placement is static.")
 
 
@@ -101,6 +109,14 @@ class MoeConfig(Section):
         description="The same limit for the tokens of one rank; the smaller holds. Also VLLM_MOE_DP_CHUNK_SIZE.",
     )
     load_balancer: LoadBalancerConfig = Field(default_factory=LoadBalancerConfig, description="Placement of experts.")
+    expert_statistic_iter_range: str | None = Field(
+        None,
+        description="Record which experts tokens choose, from iteration START to STOP - 1, written START-STOP, as in "
+        "100-200. Also EXPERT_STATISTIC_ITER_RANGE.",
+    )
+    expert_statistic_path: str = Field(
+        "./expert_statistic", description="Folder for what is recorded. Also EXPERT_STATISTIC_PATH."
+    )
     routing_simulation: str | None = Field(
         None,
         description="Replace the router: uniform_random, round_robin, zipf[:exponent] or imbalance:<ratio>. Outputs "
@@ -111,6 +127,13 @@ class MoeConfig(Section):
         description="Ranks without work run as many random tokens as the busiest rank, and these travel: for "
         "benchmarks. Also VLLM_RANDOMIZE_DP_DUMMY_INPUTS.",
     )
+
+    @property
+    def recorded_iterations(self) -> range:
+        """Those of `expert_statistic_iter_range`; none without it. Raises ConfigError."""
+        if self.expert_statistic_iter_range is None:
+            return range(0)
+        return iteration_range("expert_statistic_iter_range", self.expert_statistic_iter_range)
 
 
 class RuntimeConfig(Section):
@@ -142,6 +165,14 @@ class ServerConfig(Section):
     shutdown_timeout_s: float = Field(
         30.0, ge=0, description="On SIGTERM open requests may go on this long; then they are aborted."
     )
+
+
+def iteration_range(field: str, text: str) -> range:
+    """Iterations START to STOP - 1 of "START-STOP". Raises ConfigError naming `field`."""
+    start, dash, stop = text.partition("-")
+    if not (dash and start.isdecimal() and stop.isdecimal() and int(start) < int(stop)):
+        raise ConfigError(field, text, "use START-STOP, as in 100-200 for iterations 100 to 199")
+    return range(int(start), int(stop))
 
 
 class EngineConfig(Section):

@@ -30,6 +30,7 @@ from nonet.schedule.blocks import Blocks
 from nonet.schedule.scheduler import Scheduled, Scheduler
 from nonet.schedule.sequence import Sequence
 
+LEARN_EVERY = 4  # steps between exchanges of the load, for rules that follow it
 _BURST_GAP_S, _BURST_S = 4e-4, 3e-3  # a burst is over after such a gap, and never longer
 
 
@@ -49,8 +50,11 @@ def main(place: Place, payload: dict[str, Any]) -> None:
         gc.collect()
         gc.freeze()  # what lives as long as the rank is never looked through again
         core.announce()
-        while core.step():
-            pass
+        try:
+            while core.step():
+                pass
+        finally:
+            core.worker.recorder.close()  # also what a run recorded that fails
         core.close()
         world.close()
     except BaseException as error:
@@ -89,11 +93,13 @@ class Core:
 
     def _page_bytes(self) -> int:
         """Most that a step state can take: with tensor parallelism it carries the batch, 5 to 9 bytes a number."""
+        numbers = len(self.spec.moe_layers) * self.spec.num_experts
+        load = 8 * numbers if self.config.moe.load_balancer.replica_dispatch == "waterfill-average" else 0
         if self.world.tp.size == 1:
-            return 256
+            return 256 + load
         schedule = self.config.schedule
         blocks = -(-(self.config.model.max_model_len or self.spec.max_position) // self.config.cache.block_size) + 1
-        return 1024 + 18 * schedule.max_num_batched_tokens + schedule.max_num_seqs * (32 + 9 * blocks)
+        return 1024 + load + 18 * schedule.max_num_batched_tokens + schedule.max_num_seqs * (32 + 9 * blocks)
 
     def announce(self) -> None:
         ready = m.Ready(self.world.rank, os.getpid(), self.worker.num_blocks, self.worker.bytes_read)
@@ -123,9 +129,13 @@ class Core:
     def agree(self, batch: m.StepBatch) -> list[m.StepState]:
         """Exchange what each rank has to do."""
         share = self.leads and self.world.tp.size > 1
-        state = m.StepState(len(batch.tokens), self.stopping, msgspec.msgpack.encode(batch) if share else b"")
+        load = self.worker.news_of_load() if self.lockstep.steps % LEARN_EVERY == 0 else b""
+        state = m.StepState(len(batch.tokens), self.stopping, msgspec.msgpack.encode(batch) if share else b"", load)
         received = self.lockstep.exchange(msgspec.msgpack.encode(state))
-        return [msgspec.msgpack.decode(part, type=m.StepState) for part in received]
+        states = [msgspec.msgpack.decode(part, type=m.StepState) for part in received]
+        if load:
+            self.worker.learn([state.load for state in states])
+        return states
 
     def run(self, batch: m.StepBatch, tokens: list[int]) -> Tensor | None:
         """Run this rank's part; a rank without tokens still passes through every layer."""

@@ -141,3 +141,4 @@ class StepState(msgspec.Struct, array_like=True):
     tokens: int
     stop: bool
     batch: bytes = b""  # a StepBatch, for tensor-parallel peers
+    load: bytes = b""  # in some steps: tokens by layer and expert since the last time, int64 [L, E]

@@ -16,16 +16,18 @@ from nonet import plugins
 from nonet.comm.world import World
 from nonet.config.checkpoint import ModelSpec
 from nonet.config.fleet import Fleet
-from nonet.config.resolve import block_bytes, kv_heads_per_rank
+from nonet.config.resolve import block_bytes, cached_parts
 from nonet.config.schema import EngineConfig
 from nonet.engine.batch import BatchBuilder
 from nonet.engine.messages import StepBatch
+from nonet.engine.statistics import Recorder
 from nonet.eplb.placement import Placement
 from nonet.errors import CapacityError
 from nonet.layers.attention import KvCache
 from nonet.models.base import Parts, family_of
 from nonet.moe.base import All2AllSpec
 from nonet.moe.load import LoadCounter
+from nonet.moe.waterfill import lookups
 from nonet.weights.loader import Checkpoint
 
 
@@ -48,6 +50,8 @@ class Worker:
         tp = world.tp.size
         self.placement = placement_of(config, spec)
         self.load = LoadCounter(len(spec.moe_layers), spec.num_experts, world.device)
+        self._told_LE = np.zeros(self.load.count_LE.shape, dtype=np.int64)
+        self.recorder = Recorder(config, spec, world, self.placement, self.load)
         most = -(-config.schedule.max_num_batched_tokens // tp)
         chunk = config.moe.max_num_tokens
         max_rows = most if chunk is None else min(most, max(1, chunk // world.size))
@@ -61,6 +65,8 @@ class Worker:
                 world.ep, fleet, spec.top_k, spec.hidden_size, self.dtype, max_rows, config.moe.combine == "exact"
             )
         )
+        rule = config.moe.load_balancer.replica_dispatch
+        self.lookups = lookups(rule, self.placement, world.rank, world.device, self.all2all)
         checkpoint = Checkpoint(spec.folder, self.dtype, world.device)
         self.model = family_of(spec).Model(
             Parts(
@@ -73,6 +79,7 @@ class Worker:
                 all2all=self.all2all,
                 experts=experts.create(),
                 load=self.load,
+                lookups=self.lookups,
                 max_rows=max_rows,
                 dtype=self.dtype,
                 device=world.device,
@@ -105,12 +112,11 @@ class Worker:
         return count
 
     def _allocate_cache(self) -> list[KvCache]:
-        """Keys and values of each layer, with one scratch block behind the last."""
+        """What each layer caches, keys and values mostly, with one scratch block behind the last."""
         places = (self.num_blocks + 1) * self.config.cache.block_size
-        shape = (places, kv_heads_per_rank(self.config, self.spec), self.spec.head_dim)
-
+        shapes = [(places, *part) for part in cached_parts(self.config, self.spec)]
         return [
-            (_zeros(shape, self.dtype, self.world.device), _zeros(shape, self.dtype, self.world.device))
+            tuple(_zeros(shape, self.dtype, self.world.device) for shape in shapes)
             for _ in range(self.model.num_layers)
         ]
 
@@ -120,6 +126,7 @@ class Worker:
         self.steps += 1
         batch = self.builder.build(step, tokens_by_dp_rank)
         hidden_BD = self.model.forward(batch, self.cache)
+        self.recorder.end_iteration()
         if not step.logit_rows:
             return hidden_BD
         return self.model.logits(hidden_BD)
@@ -131,8 +138,26 @@ class Worker:
         generator = torch.Generator().manual_seed(self.steps * self.world.dp_size + self.world.dp_rank)
         token_D = torch.randint(self.spec.vocab_size, (num_tokens,), generator=generator)
         self.model.forward(self.builder.dummy(token_D, tokens_by_dp_rank), self.cache)
+        self.recorder.end_iteration()
+
+    def news_of_load(self) -> bytes:
+        """What this rank's tokens chose since the last call, for `learn` on all ranks; empty if no rule follows it."""
+        if not self.lookups.learns:
+            return b""
+        now_LE = self.load.count_LE.cpu().numpy()
+        news_LE = now_LE - self._told_LE
+        if (news_LE < 0).any():  # the counter was set to zero in between
+            news_LE = now_LE
+        self._told_LE = now_LE.copy()
+        return news_LE.tobytes()
+
+    def learn(self, news: Sequence[bytes]) -> None:
+        """Everyone's news of one step."""
+        shape = self._told_LE.shape
+        self.lookups.learn(np.stack([np.frombuffer(part, dtype=np.int64).reshape(shape) for part in news]).sum(axis=0))
 
     def close(self) -> None:
+        self.recorder.close()
         self.all2all.close()
 
 

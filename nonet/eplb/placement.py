@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from nonet.config.assignments import check_assignments
 from nonet.config.fleet import Fleet
-from nonet.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -41,29 +41,16 @@ class Placement:
         num_ranks: int,
     ) -> Placement:
         """From `initial_global_assignments`: model layer index -> the expert in each slot. Raises ConfigError."""
-        field = "initial_global_assignments"
-        for layer in assignments:
-            if layer not in moe_layers:
-                raise ConfigError(field, layer, f"layer {layer} holds no experts; these do: {list(moe_layers)}")
-        rows = []
-        for layer in moe_layers:
-            if layer not in assignments:
-                raise ConfigError(field, sorted(assignments), f"layer {layer} is missing; give every MoE layer")
-            row = list(assignments[layer])
-            if len(row) != num_slots:
-                raise ConfigError(field, len(row), f"layer {layer} must name an expert for each of {num_slots} slots")
-            unknown = [e for e in row if not 0 <= e < num_experts]
-            if unknown:
-                raise ConfigError(field, unknown[0], f"layer {layer}: experts are 0 to {num_experts - 1}")
-            lost = sorted(set(range(num_experts)) - set(row))
-            if lost:
-                raise ConfigError(field, lost[0], f"layer {layer}: this expert has no slot; every expert needs one")
-            rows.append(row)
+        rows = check_assignments(assignments, moe_layers, num_experts, num_slots)
         return cls(np.array(rows, dtype=np.int32), Fleet.even(num_ranks, num_slots), num_experts)
 
     @property
     def num_layers(self) -> int:
         return int(self.expert_LG.shape[0])
+
+    def layer(self, layer: int) -> Placement:
+        """One layer alone."""
+        return Placement(self.expert_LG[layer : layer + 1], self.fleet, self.num_experts)
 
     def experts_on(self, rank: int, layer: int) -> list[int]:
         """The experts in the slots of a rank, in slot order; `layer` counts MoE layers."""

@@ -20,7 +20,7 @@ from nonet.layers.norm import rms_norm_reference
 from nonet.layers.rope import rotate
 from nonet.weights.loader import Checkpoint
 
-KvCache = tuple[Tensor, Tensor]  # keys and values of a layer, each [num_blocks * block_size, h, d]
+KvCache = tuple[Tensor, ...]  # keys and values of a layer, each [num_blocks * block_size, h, d]
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from nonet.layers.attention import AttentionBatch, KvCache
 from nonet.moe.base import All2All, Experts
 from nonet.moe.layer import MoeBatch
 from nonet.moe.load import LoadCounter
+from nonet.moe.lookup import Lookups
 from nonet.weights.loader import Checkpoint
 
 
@@ -41,6 +42,7 @@ class Parts:
     all2all: All2All
     experts: Experts
     load: LoadCounter
+    lookups: Lookups
     max_rows: int  # tokens of one rank in one MoE pass
     dtype: torch.dtype
     device: torch.device
@@ -76,7 +78,7 @@ def family_of(spec: ModelSpec) -> ModuleType:
     """The family that serves this architecture. Raises ModelError listing those that exist."""
     known: dict[str, str] = {}
     for name in plugins.names("nonet.models"):
-        if name == "base":
+        if name in ("base", "decoder"):
             continue
         module = importlib.import_module(f"nonet.models.{name}")
         if spec.architecture in module.ARCHITECTURES:

@@ -60,6 +60,10 @@ class All2All(Protocol):
         """Start bringing back y ([M, D] or [N, D], as `takes` says); the result is [T, D] in x's dtype."""
         ...
 
+    def gather_counts(self, count_E: Tensor) -> Tensor:
+        """int64 [R, E] on the host: every rank's counts of this step. Entered by all ranks, before they dispatch."""
+        ...
+
     def close(self) -> None:
         """Give back what the backend holds."""
         ...
@@ -93,6 +97,11 @@ class All2AllSpec:
     def num_slots(self) -> int:
         """Slots on this rank."""
         return self.fleet.slots_by_rank[self.group.rank]
+
+
+def gather_counts(group: Group, count_E: Tensor) -> Tensor:
+    """`All2All.gather_counts` by one collective."""
+    return group.all_gather_rows(count_E.unsqueeze(0), [1] * group.size).wait().cpu()
 
 
 def group_by_slot(x_ND: Tensor, slot_NK: Tensor, weight_NK: Tensor, num_slots: int, ticket: object) -> Dispatched:

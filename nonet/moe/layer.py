@@ -45,9 +45,9 @@ class MoeLayer:
     def forward(self, x_TD: Tensor, batch: MoeBatch) -> Tensor:
         """[T, D]. Every rank makes the same number of passes, also one without tokens."""
         expert_TK, weight_TK = self.rule(self.gate(x_TD))
-        if batch.is_load:
-            self.load.add(self.index, expert_TK)
         slot_TK = self.lookup(expert_TK)
+        if batch.is_load:
+            self.load.add(self.index, expert_TK, slot_TK)
         passes = list(chunks(batch.rows, self.max_rows))
         if len(passes) == 1:
             return self.one_pass(x_TD, slot_TK, weight_TK, passes[0])

@@ -27,7 +27,7 @@ from nonet.eplb.placement import Placement
 from nonet.moe.all2all import local
 from nonet.moe.base import All2All, All2AllSpec, Dispatched
 from nonet.moe.experts import grouped, reference
-from nonet.moe.lookup import Lookup
+from nonet.moe.lookup import Even
 from nonet.testing.routing import Imbalanced, Kind, Tokens, tokens
 from nonet.weights.slots import SlotWeights
 
@@ -137,7 +137,7 @@ class _Layer:
         self.solo = Group([world.rank], world.rank, world.ep.timeout_s, world.device)
         self.group = self.solo if self.alone else world.ep
         self.placement = self._place(self.group.size)
-        self.lookups = [Lookup(self.placement, 0, rank, world.device) for rank in range(self.group.size)]
+        self.lookups = [Even(self.placement, 0, rank, world.device) for rank in range(self.group.size)]
         self.spec = All2AllSpec(
             group=self.group,
             fleet=self.placement.fleet,

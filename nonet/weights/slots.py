@@ -35,6 +35,16 @@ class SlotWeights:
         return cls(gate_up_SID.unbind(), down_SDI.unbind(), (gate_up_SID, down_SDI))
 
 
+def per_expert(prefix: str, gate: str, up: str, down: str) -> Names:
+    """Names of checkpoints that hold each expert's three tensors by themselves: `prefix.7.gate.weight`."""
+
+    def names(expert: int) -> tuple[str, str, str]:
+        base = f"{prefix}.{expert}"
+        return f"{base}.{gate}.weight", f"{base}.{up}.weight", f"{base}.{down}.weight"
+
+    return names
+
+
 def fill_slots(checkpoint: Checkpoint, names: Names, experts: Sequence[int], span: Range) -> SlotWeights:
     """One slot for each of `experts`, in order, with the part `span` of their intermediate width I.
 

@@ -133,7 +133,7 @@ def test_a_mistake_is_one_line(start, tmp_path, arguments, files, line):
     [
         ("VLLM_RANDOMIZE_DP_DUMMY_INPUTS", "maybe", "use 0 or 1"),
         ("VLLM_MOE_DP_CHUNK_SIZE", "0", "use a positive count"),
-        ("EXPERT_STATISTIC_ITER_RANGE", "100-200", "recording of expert statistics is not built yet; unset it"),
+        ("EXPERT_STATISTIC_ITER_RANGE", "200-100", "use START-STOP, as in 100-200 for iterations 100 to 199"),
         ("OMP_NUM_THREADS", "two", "use a positive count"),
     ],
 )

@@ -294,9 +294,11 @@ LIBRARY = "names a kernel library that nonet does not use; expert_backend decide
 STATIC = {"moe.load_balancer.initial_global_assignments": {str(k): v for k, v in ASSIGNMENTS.items()}, **slots(288)}
 
 TRTLLM_CASES = (
-    Case("collecting statistics", BALANCER, STATISTICS, files={"extra_llm_api_options.yaml": STATISTICS_YAML},
-         variables={"EXPERT_STATISTIC_PATH": "./expert_statistic", "EXPERT_STATISTIC_ITER_RANGE": "100-200"},
-         refused="EXPERT_STATISTIC_ITER_RANGE = '100-200': recording of expert statistics is not built yet; unset it"),
+    Case("collecting statistics", BALANCER, STATISTICS,
+         {**run(32, 8192), "moe.expert_statistic_iter_range": "100-200",
+          "moe.expert_statistic_path": "{cwd}/expert_statistic"},
+         notes("extra_llm_api_options.yaml"), files={"extra_llm_api_options.yaml": STATISTICS_YAML},
+         variables={"EXPERT_STATISTIC_PATH": "./expert_statistic", "EXPERT_STATISTIC_ITER_RANGE": "100-200"}),
     Case("the same without statistics", BALANCER, STATISTICS, run(32, 8192), notes("extra_llm_api_options.yaml"),
          files={"extra_llm_api_options.yaml": STATISTICS_YAML},
          variables={"EXPERT_STATISTIC_PATH": "./expert_statistic"}),

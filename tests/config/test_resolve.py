@@ -326,6 +326,42 @@ def test_replicas_need_expert_parallelism(resolved, refused):
     assert message == "initial_global_assignments = '(given)': needs enable_expert_parallel"
 
 
+def test_assignments_are_checked_before_anything_starts(resolved, refused):
+    """22 experts in 24 slots of 4 layers; without num_slots the lists say how many there are."""
+    row = [*range(22), 0, 1]
+    assignments = dict.fromkeys(range(4), row)
+    balancer = resolved(initial_global_assignments=assignments, **ep(dp=4)).moe.load_balancer
+    assert (balancer.num_slots, balancer.num_redundant_experts) == (24, 2)
+    message = refused(initial_global_assignments={0: row}, **ep(dp=4))
+    assert message == "initial_global_assignments = [0]: layer 1 is missing; give every MoE layer"
+    message = refused(initial_global_assignments=assignments, num_slots=0, **ep(dp=4))
+    assert message == "num_slots = 0: switches the balancer off; leave initial_global_assignments out"
+    message = refused(initial_global_assignments=assignments, **ep(dp=5))
+    assert message == "num_slots = 24: does not divide over 5 ranks; nearest: 25"
+
+
+def test_iterations_to_record(resolved, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolved().moe.recorded_iterations == range(0)
+    assert resolved().moe.expert_statistic_path == "./expert_statistic", "nothing is recorded there"
+    config = resolved(expert_statistic_iter_range="100-200")
+    assert config.moe.recorded_iterations == range(100, 200)
+    assert config.moe.expert_statistic_path == str(tmp_path / "expert_statistic"), "wherever ranks stand"
+    assert resolve(config, read_spec(config.model.model), num_gpus=0) == config
+    for text in ("100", "200-100", "5-5", "-5", "5-", "a-b", "", "1-2-3", " 1-2"):
+        message = refused(expert_statistic_iter_range=text)
+        remedy = "use START-STOP, as in 100-200 for iterations 100 to 199"
+        assert message == f"expert_statistic_iter_range = {text!r}: {remedy}"
+    monkeypatch.setenv("EXPERT_STATISTIC_ITER_RANGE", "3-7")
+    monkeypatch.setenv("EXPERT_STATISTIC_PATH", "/elsewhere")
+    config = resolved()
+    assert (config.moe.recorded_iterations, config.moe.expert_statistic_path) == (range(3, 7), "/elsewhere")
+    assert resolved(expert_statistic_iter_range="0-1").moe.recorded_iterations == range(1)
+    monkeypatch.setenv("EXPERT_STATISTIC_ITER_RANGE", "3")
+    with pytest.raises(ConfigError, match="EXPERT_STATISTIC_ITER_RANGE = '3': use START-STOP"):
+        resolved()
+
+
 def test_what_is_not_built_yet_is_refused(refused):
     message = refused(layer_updates_per_iter=2)
     assert message == "layer_updates_per_iter = 2: online balancing is not built yet; use 0"

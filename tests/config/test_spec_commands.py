@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 
 import pytest
@@ -71,6 +72,9 @@ def test_a_command_of_a_document(case: Case, printed, large):
         return
     assert (code, err) == (0, "")
     wanted = {**case.settings}
+    for name, value in wanted.items():
+        if isinstance(value, str):
+            wanted[name] = value.replace("{cwd}", os.getcwd())
     balancer = "moe.load_balancer."
     wanted.setdefault(f"{balancer}num_slots", 256)
     wanted.setdefault("server.served_model_name", [large])

@@ -1,4 +1,4 @@
-"""`combine: exact`: the same bits under every placement and all-to-all, with replicas and with chunked MoE passes."""
+"""`combine: exact`: the same bits under every placement, use of replicas and all-to-all, and with chunked passes."""
 
 from __future__ import annotations
 
@@ -47,5 +47,8 @@ def test_same_bits_over_backends_and_placements():
         ("shm", replicas),
         ("allgather_reducescatter", {"num_slots": 16}),
         ("all2allv", {**shuffled, "max_num_tokens": 20}),
+        ("shm", {**replicas, "replica_dispatch": "waterfill"}),
+        ("all2allv", {**replicas, "replica_dispatch": "waterfill", "max_num_tokens": 20}),
+        ("naive", {**replicas, "replica_dispatch": "waterfill-average"}),
     ):
         assert all_log_probabilities(4, backend, **moe) == wanted, (backend, moe)

@@ -17,7 +17,7 @@ from nonet.moe.base import All2All, All2AllSpec, Dispatched, Takes
 from nonet.moe.experts import grouped, reference
 from nonet.moe.layer import MoeBatch, MoeLayer, chunks
 from nonet.moe.load import LoadCounter
-from nonet.moe.lookup import Lookup
+from nonet.moe.lookup import Even
 from nonet.moe.router import softmax_topk
 from nonet.testing.cluster import Cluster
 from nonet.testing.contracts import dense
@@ -99,7 +99,7 @@ def build(world: World, name: str, max_rows: int, rule, exact: bool = False) -> 
         index=0,
         gate=lambda x_TD: F.linear(x_TD, router_ED),
         rule=rule,
-        lookup=Lookup(placement, 0, world.rank, world.device),
+        lookup=Even(placement, 0, world.rank, world.device),
         load=LoadCounter(1, E, world.device),
         all2all=watched,
         experts=experts,

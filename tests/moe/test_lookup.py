@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 
 from nonet.config.fleet import Fleet
 from nonet.eplb.placement import Placement
-from nonet.moe.lookup import Lookup
+from nonet.moe.lookup import Even
 
 CPU = torch.device("cpu")
 
 
-def lookup(expert_G: list[int], rank: int = 0, num_ranks: int = 2) -> Lookup:
+def lookup(expert_G: list[int], rank: int = 0, num_ranks: int = 2) -> Even:
     row = np.array([expert_G], dtype=np.int32)
-    return Lookup(Placement(row, Fleet.even(num_ranks, len(expert_G)), max(expert_G) + 1), 0, rank, CPU)
+    return Even(Placement(row, Fleet.even(num_ranks, len(expert_G)), max(expert_G) + 1), 0, rank, CPU)
 
 
 def test_without_replicas_an_expert_has_one_slot():
@@ -69,5 +69,5 @@ def test_ranks_start_at_different_replicas():
 @pytest.mark.parametrize("layer", [0, 1])
 def test_layers_have_their_own_rows(layer):
     rows = np.array([[0, 1, 2], [2, 0, 1]], dtype=np.int32)
-    table = Lookup(Placement(rows, Fleet.even(1, 3), 3), layer, 0, CPU)
+    table = Even(Placement(rows, Fleet.even(1, 3), 3), layer, 0, CPU)
     assert table(torch.tensor([[0, 1, 2]])).tolist() == [[[0, 1, 2], [1, 2, 0]][layer]]

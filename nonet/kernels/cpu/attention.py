@@ -21,7 +21,7 @@ def place_qkv(
     qkv: Tensor,
     norm: tuple[Tensor, float] | None,
     cos_sin: tuple[Tensor, Tensor],
-    cache: tuple[Tensor, Tensor],
+    cache: tuple[Tensor, ...],
     place_T: Tensor,
     num_heads: int,
 ) -> Tensor:
@@ -42,7 +42,7 @@ def place_qkv(
 
 def decode(
     q_BHd: Tensor,
-    cache: tuple[Tensor, Tensor],
+    cache: tuple[Tensor, ...],
     block_BN: Tensor,
     length_B: Tensor,
     block_size: int,

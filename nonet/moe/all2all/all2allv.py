@@ -14,7 +14,7 @@ from torch import Tensor
 from nonet.comm.group import Pending
 from nonet.moe.all2all._route import Route, Router, add_rows, place_pairs
 from nonet.moe.all2all._rows import pack, sum_spread, unpack
-from nonet.moe.base import All2All, All2AllSpec, Dispatched, Takes, group_by_slot
+from nonet.moe.base import All2All, All2AllSpec, Dispatched, Takes, gather_counts, group_by_slot
 
 
 def create(spec: All2AllSpec) -> All2All:
@@ -70,6 +70,9 @@ class All2AllV:
             return sum_spread(y_TKD, weight_TK).to(self.spec.dtype)
 
         return Pending(finish)
+
+    def gather_counts(self, count_E: Tensor) -> Tensor:
+        return gather_counts(self.spec.group, count_E)
 
     def close(self) -> None:
         pass

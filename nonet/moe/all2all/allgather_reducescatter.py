@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nonet.comm.group import Pending
 from nonet.moe.all2all._rows import pack, spread_pairs, sum_spread, unpack
-from nonet.moe.base import All2All, All2AllSpec, Dispatched, Takes, group_by_slot
+from nonet.moe.base import All2All, All2AllSpec, Dispatched, Takes, gather_counts, group_by_slot
 
 
 def create(spec: All2AllSpec) -> All2All:
@@ -55,6 +55,9 @@ class AllGatherReduceScatter:
             return sum_spread(y_TKD, ticket.weight_TK.masked_fill(ticket.slot_TK < 0, 0)).to(self.spec.dtype)
 
         return Pending(finish)
+
+    def gather_counts(self, count_E: Tensor) -> Tensor:
+        return gather_counts(self.spec.group, count_E)
 
     def close(self) -> None:
         pass

@@ -35,5 +35,8 @@ class Local:
             return Pending(lambda: y)
         return Pending(lambda: sum_pairs(y, sent).to(y.dtype))
 
+    def gather_counts(self, count_E: Tensor) -> Tensor:
+        return count_E.unsqueeze(0).cpu()
+
     def close(self) -> None:
         pass

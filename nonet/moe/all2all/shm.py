@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nonet.comm.board import Board
 from nonet.comm.group import Pending
 from nonet.comm.peer import Windows, align
 from nonet.comm.wait import wait_until
@@ -56,6 +57,7 @@ class SharedMemory:
         y_rows = R * B * (K if spec.exact else 1)  # results: one a pair, or their sum
         sizes = [8 * R, 8 * R, R * B * D * spec.dtype.itemsize, R * B * 2 * K * 4, y_rows * D * spec.dtype.itemsize]
         offset = [sum(align(size) for size in sizes[:i]) for i in range(len(sizes) + 1)]
+        self._board = Board(group, spec.fleet.num_slots)  # there are no more experts than slots
         self._windows = Windows(group, offset[-1])  # holds the memory that the addresses below lie in
         tensor = self._windows.tensor
         flags = [[tensor(r, at, (R,), torch.int64) for r in ranks] for at in offset[:2]]  # a word for each source
@@ -125,6 +127,9 @@ class SharedMemory:
         """For tests, between dispatch and combine: fill with NaN whatever this rank's window holds undefined then."""
         for tensor in (self._x, self._note, self._y[self.spec.group.rank]):
             tensor.view(torch.uint8).fill_(255)
+
+    def gather_counts(self, count_E: Tensor) -> Tensor:
+        return torch.from_numpy(self._board.exchange(count_E.numpy()))
 
     def close(self) -> None:
         pass

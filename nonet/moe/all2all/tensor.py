@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nonet.comm.group import Pending
 from nonet.moe.all2all._rows import pack, unpack
-from nonet.moe.base import All2All, All2AllSpec, Dispatched, Takes, group_by_slot
+from nonet.moe.base import All2All, All2AllSpec, Dispatched, Takes, gather_counts, group_by_slot
 
 
 def create(spec: All2AllSpec) -> All2All:
@@ -40,6 +40,9 @@ class TensorSlices:
         rows = sent.ticket
         assert isinstance(rows, tuple)
         return self.spec.group.reduce_scatter_rows(y, rows)
+
+    def gather_counts(self, count_E: Tensor) -> Tensor:
+        return gather_counts(self.spec.group, count_E)
 
     def close(self) -> None:
         pass

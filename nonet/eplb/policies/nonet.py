@@ -1,0 +1,139 @@
+"""The default policy: near-optimal under an even split, the ranks connected by replicas, few transfers.
+
+A fresh plan replicates and places greedily, then searches. Where sampled steps are given, experts that are hot in the
+same steps are then moved apart, which costs a little balance of the mean and saves more in each step. With a current
+placement it starts there and stops as soon as the imbalance is good enough. In all, replicas connect the ranks if
+there are enough of them, so that a dispatch rule can shift load between any two ranks in each step; where that
+contradicts an even split, the dispatch rule that was asked for decides.
+Legend: L MoE layers, E experts, R ranks (live, with slots), G global slots.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from nonet.config.fleet import Fleet
+from nonet.eplb.bounds import lower_bound
+from nonet.eplb.plan import Problem
+from nonet.eplb.policies._adapt import adapt, connect, fill_best, rescue, resume, transfers
+from nonet.eplb.policies._build import build, orders, replicate
+from nonet.eplb.policies._robust import refine
+from nonet.eplb.policies._search import improve
+from nonet.eplb.policies._state import EMPTY, Floats, Ints, State, components, empty, refill
+from nonet.errors import ConfigError
+
+# Imbalance above the proven bound that is good enough. A fresh plan, with 8 slots a rank or more; fewer are coarser.
+FRESH = 3.7e-4
+# From a current placement: each transfer costs, and what is gained on the mean load is below what steps differ by.
+ADAPTED = {"even": 0.018, "waterfill": 0.05}
+MOST_STEPS, MOST_SWEEPS = 32, 10  # of the refinement on sampled steps
+MOST_GUARDED = 96  # ranks: with more, a fresh plan for an even split starts connected but is not kept so
+
+
+def place(problem: Problem) -> npt.NDArray[np.int32]:
+    """expert_LG for any fleet. Raises ConfigError where max_moves is too low to keep every expert alive."""
+    slot_G, slots_R, cost_R = _usable(problem.fleet, problem.load_LE.shape[1])
+    load_LE = _scaled(problem)
+    bound_L = lower_bound(load_LE, problem.fleet, problem.dispatch)
+    tolerance = _tolerance(problem, len(slot_G) / len(slots_R))
+    connected = 5 * (len(slot_G) - load_LE.shape[1]) >= 4 * (len(slots_R) - 1)  # or nearly: that is worth much, too
+    rows = []
+    if problem.current is None:
+        count_LE = replicate(load_LE, len(slot_G), len(slots_R))
+        order_LE = orders(load_LE, count_LE, connected)
+        for layer, steps_NE in enumerate(_grouped(problem)):
+            s = empty(load_LE[layer], cost_R, slots_R)
+            build(s, count_LE[layer], order_LE[layer], connected)
+            _improve(s, 1 + bound_L[layer] + tolerance, connected, problem, steps_NE)
+            rows.append(s.expert_G)
+    else:
+        order_LE = np.argsort(-load_LE, axis=1, kind="stable")
+        for layer, current_G in enumerate(problem.current.expert_LG[:, slot_G]):
+            s = empty(load_LE[layer], cost_R, slots_R)
+            was_RE = resume(s, current_G)
+            needed, cap = rescue(s, order_LE[layer]), len(slot_G) if problem.max_moves is None else problem.max_moves
+            if needed > cap:
+                remedy = f"layer {layer} needs at least {needed} transfers to keep every expert on a live rank"
+                raise ConfigError("max_moves", problem.max_moves, remedy)
+            _adapt(s, was_RE, 1 + bound_L[layer], tolerance, cap)
+            rows.append(np.where(s.expert_G == EMPTY, current_G, s.expert_G))
+    out_LG = np.zeros((len(load_LE), problem.fleet.num_slots), dtype=np.int32)
+    out_LG[:, slot_G] = rows
+    _repeat(out_LG, problem)
+    return out_LG
+
+
+def _improve(s: State, enough: float, connected: bool, problem: Problem, steps_NE: Floats) -> None:
+    """A fresh layer, from what was placed greedily. Under water-filling, staying connected goes before the balance of
+    the mean load under an even split, which then is no more than a way to robust connections."""
+    ranks, loose_G = len(s.load_R), np.empty(len(s.expert_G), np.bool_)
+    keep = connected and problem.dispatch == "waterfill"
+    if keep or (connected and ranks <= MOST_GUARDED):
+        improve(s, enough, components(s, loose_G), 15 * 32 * 32 // (ranks * ranks))
+    if s.load_R.max() > enough and not keep:
+        improve(s, enough, 0, max(2, 30 * 32 // ranks))
+    if connected:
+        connect(s, s.held_RE.copy(), enough, len(s.expert_G), 0.0)
+    if len(steps_NE) > 1:
+        refine(s, steps_NE, connected, MOST_SWEEPS)
+        if problem.tolerance is not None:
+            improve(s, enough, components(s, loose_G) if connected else 0, 0)
+
+
+def _adapt(s: State, was_RE: npt.NDArray[np.bool_], bound: float, tolerance: float, cap: int) -> None:
+    """A layer that has a placement, in at most `cap` transfers. `bound`: the least time that is possible."""
+    fill_best(s, was_RE, cap - transfers(s, was_RE))
+    parts = components(s, np.empty(len(s.expert_G), np.bool_))
+    adapt(s, was_RE, bound + tolerance, bound - tolerance / 2, parts, cap)
+    if s.expert_G.min() == EMPTY:  # too few transfers for all second replicas on a rank to be replaced
+        return
+    if s.load_R.max() > bound + tolerance:
+        before_G = s.expert_G.copy()
+        improve(s, bound + tolerance, parts, max(2, 15 * 32 // len(s.load_R)))
+        if transfers(s, was_RE) > cap:
+            refill(s, before_G)
+    if parts > 1:
+        connect(s, was_RE, bound + tolerance, cap, 0.0)
+
+
+def _scaled(problem: Problem) -> Floats:
+    """load_LE such that a perfect spread takes each rank the time 1."""
+    speed = sum(problem.fleet.speeds[rank] for rank in problem.fleet.live_ranks)
+    total_L1 = problem.load_LE.sum(1, keepdims=True)
+    return np.divide(problem.load_LE * speed, total_L1, out=np.zeros_like(problem.load_LE), where=total_L1 > 0)
+
+
+def _grouped(problem: Problem) -> Floats:
+    """[L, N, E] the sampled steps in at most MOST_STEPS groups of neighbours, each layer's mean 1; N = 0: none."""
+    load_NLE, (layers, experts) = problem.load_NLE, problem.load_LE.shape
+    if load_NLE is None:
+        return np.zeros((layers, 0, experts))
+    edges = np.arange(min(len(load_NLE), MOST_STEPS) + 1) * len(load_NLE) // min(len(load_NLE), MOST_STEPS)
+    groups = np.add.reduceat(load_NLE, edges[:-1], axis=0) / np.diff(edges)[:, None, None]
+    total_L1 = problem.load_LE.sum(1, keepdims=True)
+    scaled_NLE = np.divide(groups * experts, total_L1, out=np.zeros_like(groups), where=total_L1 > 0)
+    return np.ascontiguousarray(scaled_NLE.swapaxes(0, 1))
+
+
+def _usable(fleet: Fleet, experts: int) -> tuple[Ints, Ints, Floats]:
+    """(slot_G, slots_R, cost_R): slots that can hold a replica each, how many a rank has, and 1 / speed."""
+    ranks = [rank for rank in fleet.live_ranks if fleet.slots_by_rank[rank]]
+    slots_R = np.array([min(fleet.slots_by_rank[rank], experts) for rank in ranks])
+    slot_G = np.concatenate([fleet.first_slot[r] + np.arange(n) for r, n in zip(ranks, slots_R, strict=True)])
+    return slot_G, slots_R, np.array([1 / fleet.speeds[rank] for rank in ranks])
+
+
+def _tolerance(problem: Problem, slots_a_rank: float) -> float:
+    if problem.tolerance is not None:
+        return problem.tolerance
+    fresh = FRESH * max(1.0, 7 / max(slots_a_rank - 1, 0.5)) ** 1.65
+    return fresh if problem.current is None else max(fresh, ADAPTED[problem.dispatch])
+
+
+def _repeat(out_LG: npt.NDArray[np.int32], problem: Problem) -> None:
+    """A rank with more slots than experts holds all of them; its other slots repeat them."""
+    experts, first = problem.load_LE.shape[1], problem.fleet.first_slot
+    for rank in problem.fleet.live_ranks:
+        for g in range(first[rank] + experts, first[rank + 1]):
+            out_LG[:, g] = out_LG[:, g - experts]
