@@ -111,6 +111,15 @@ def spread(expert_TK: Tensor, quota_G: Ints, replicas: Replicas) -> Tensor:
     `replicas` is of one layer; there must be as many pairs of each expert as its slots' quotas add up to.
     """
     order_G, replicas_E = replicas.order_LG[0], replicas.count_LE[0]
+    if expert_TK.device.type == "cpu":
+        from nonet.kernels.cpu import routing
+
+        return routing.spread(expert_TK, quota_G, order_G, replicas_E)
+    return spread_reference(expert_TK, quota_G, order_G, replicas_E)
+
+
+def spread_reference(expert_TK: Tensor, quota_G: Ints, order_G: Ints, replicas_E: Ints) -> Tensor:
+    """On any device, without reading it on the host."""
     in_order_G = quota_G[order_G]
     pairs_E = np.add.reduceat(in_order_G, np.cumsum(replicas_E) - replicas_E)
     step_E = np.ones(len(pairs_E), np.int64)

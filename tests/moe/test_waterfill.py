@@ -13,7 +13,7 @@ from nonet.eplb.dispatch import Replicas, WaterFill, assign, own_quota, quotas, 
 from nonet.eplb.load import imbalance
 from nonet.eplb.placement import Placement
 from nonet.moe.lookup import Even
-from nonet.moe.waterfill import ByAverageLookups, ByStep, ByStepLookups, spread
+from nonet.moe.waterfill import ByAverageLookups, ByStep, ByStepLookups, spread, spread_reference
 from nonet.testing.cluster import Cluster
 
 CPU = torch.device("cpu")
@@ -92,6 +92,8 @@ def test_spreading_is_as_specified():
         quota_G = own_quota(count_E, WaterFill(RING).solve(count_E[None])[0], replicas, 0, seed % 4)
         want_TK = assign(expert_TK.numpy(), quota_G, replicas, 0)
         assert np.array_equal(spread(expert_TK, quota_G, replicas).numpy(), want_TK)
+        plain_TK = spread_reference(expert_TK, quota_G, replicas.order_LG[0], replicas.count_LE[0])
+        assert np.array_equal(plain_TK.numpy(), want_TK)
 
 
 def test_parts_of_a_batch_are_balanced_too():

@@ -36,6 +36,16 @@ def look_up(expert_TK: Tensor, slot_EC: Tensor, count_E: Tensor, first: int) -> 
     return slot
 
 
+def spread(expert_TK: Tensor, quota_G: np.ndarray, order_G: np.ndarray, replicas_E: np.ndarray) -> Tensor:
+    """Global slots, int64 [T, K]: each slot gets its quota of its expert's pairs. Specified by `moe.waterfill.spread`.
+
+    order_G: the slots grouped by expert, of which each expert has `replicas_E` (all int64).
+    """
+    slot = torch.empty(expert_TK.shape, dtype=torch.int64)
+    _spread(view(expert_TK.contiguous()), quota_G, order_G, replicas_E, view(slot))
+    return slot
+
+
 def group(slot_NK: Tensor, weight_NK: Tensor, first: int, num_slots: int) -> Pairs:
     """(row_M, weight_M, pair_NK, start_S, count_S) of `moe.base.Dispatched`, for slots first .. first + S - 1.
 
@@ -130,3 +140,44 @@ def assign(slot, weight, first, row_out, weight_out, pair, start, count):
 )
 def _group(slot, weight, first, row_out, weight_out, pair, start, count):
     assign(slot, weight, first, row_out, weight_out, pair, start, count)
+
+
+@njit
+def _step(count):
+    """The number nearest to count x golden ratio that shares no divisor with count (`eplb.quota.stride`)."""
+    wanted = int(np.rint(count * 0.6180339887498949))
+    for distance in range(count):
+        for step in (wanted + distance, wanted - distance):
+            a, b = count, step
+            while b > 0:
+                a, b = b, a % b
+            if step >= 1 and a == 1:
+                return step
+    return 1
+
+
+@jit("void(int64[:,::1], int64[::1], int64[::1], int64[::1], int64[:,::1])")
+def _spread(expert, quota, order, replicas, out):
+    E = len(replicas)
+    first, came = np.zeros(E, np.int64), np.zeros(E, np.int64)
+    pairs, step = np.zeros(E, np.int64), np.ones(E, np.int64)
+    begin = 0
+    for e in range(E):
+        first[e] = begin
+        for i in range(begin, begin + replicas[e]):
+            pairs[e] += quota[order[i]]
+        begin += replicas[e]
+        if replicas[e] > 1:
+            step[e] = _step(pairs[e])
+    T, K = expert.shape
+    for t in range(T):
+        for k in range(K):
+            e = expert[t, k]
+            i = first[e]
+            if replicas[e] > 1:
+                place = came[e] * step[e] % pairs[e]
+                came[e] += 1
+                while place >= quota[order[i]]:
+                    place -= quota[order[i]]
+                    i += 1
+            out[t, k] = order[i]
