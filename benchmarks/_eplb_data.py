@@ -45,10 +45,11 @@ def _mixtral(folder: Path) -> list[Row]:
                     placement = plan(rest, fleet, policy=policy).placement
                     seen = imbalance(rank_load(loads[out], placement)).mean()
                     found.setdefault(f"{policy}, even", []).append(float(seen))
-                placement = plan(rest, fleet, dispatch="waterfill").placement
-                share_LG = WaterFill(placement).solve(loads[out], None)
-                seen = imbalance(rank_load(loads[out], placement, share_LG)).mean()
-                found.setdefault("nonet, waterfill", []).append(float(seen))
+                for policy in ("deepseek", "nonet"):
+                    placement = plan(rest, fleet, policy=policy, dispatch="waterfill").placement
+                    share_LG = WaterFill(placement).solve(loads[out], None)
+                    seen = imbalance(rank_load(loads[out], placement, share_LG)).mean()
+                    found.setdefault(f"{policy}, waterfill", []).append(float(seen))
             own, theirs = np.mean(found["nonet, waterfill"]), np.mean(found["deepseek, even"])
             rows += [Row("data", f"Mixtral {checkpoint}, {ranks}/{slots}, unseen subject: {n}", float(np.mean(v)))
                      for n, v in found.items()]  # fmt: skip

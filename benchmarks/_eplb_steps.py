@@ -45,8 +45,10 @@ def steps(seeds: int, shape: Shape) -> list[Row]:
             "DeepSeek's rule + optimal split of each step": ("deepseek", "optimal"),
         }
         found: dict[str, list[float]] = {name: [] for name in cases}
+        sampled: list[float] = []
         for seed in range(seeds):
             load, _ = MadeUp("calibrated", PLAN_STEPS + STEPS, shape.layers, shape.experts, seed=seed).steps(ranks)
+            sampled.append(_reached(load, Fleet.even(ranks, slots), "nonet", "waterfill", seed, samples=True))
             for name, (policy, dispatch) in cases.items():
                 found[name].append(_reached(load, Fleet.even(ranks, slots), policy, dispatch, seed))
         at, own = f"{ranks}/{slots}", np.array(found["nonet, waterfill"])
@@ -55,6 +57,7 @@ def steps(seeds: int, shape: Shape) -> list[Row]:
             even, optimal = found["DeepSeek's rule, even"], found["DeepSeek's rule + optimal split of each step"]
             rows.append(Row("G4", f"{at} part of DeepSeek's, worst seed", (own / even).max(), 0.10))
             rows.append(Row("G4", f"{at} part of DeepSeek's + optimal split, worst seed", (own / optimal).max(), 0.25))
+        rows.append(Row("G4", f"{at} nonet, waterfill, planned on samples, mean", float(np.mean(sampled))))
         rows += [Row("G4", f"{at} {name}, mean", float(np.mean(values))) for name, values in found.items()]
     return rows
 

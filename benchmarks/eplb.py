@@ -27,6 +27,8 @@ import _eplb_plans as plans
 import _eplb_steps as steps
 from _eplb_rows import Row, text
 
+from nonet.errors import ConfigError
+
 GOALS = ("G1", "G2", "G3", "G4", "G5", "G6", "G7", "G8", "G9")
 
 
@@ -78,4 +80,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except ConfigError as error:
+        sys.exit(f"error: {error}")

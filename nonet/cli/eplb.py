@@ -115,7 +115,9 @@ def plan(
     max_moves: Annotated[
         int | None, typer.Option("--max_moves", min=0, help="Most experts a layer that ranks have to load.")
     ] = None,
-    samples: Annotated[bool, typer.Option("--samples", help="Show the planner single steps, not their sum.")] = False,
+    samples: Annotated[
+        bool, typer.Option("--samples/--sum", help="Plan for single iterations, or for all of them added up.")
+    ] = True,
     layer_updates_per_iter: Annotated[
         int, typer.Option("--layer_updates_per_iter", min=0, help="Written to the YAML. 0: a static placement.")
     ] = 0,
@@ -184,13 +186,16 @@ def _fleet(
 def _summary(found: Plan, statistics: Statistics) -> list[str]:
     """What was planned from what: the first lines of the file and of what is printed."""
     fleet, first = found.placement.fleet, statistics.first_iteration
-    return [
+    lines = [
         f"nonet eplb plan: policy {found.policy}, dispatch {found.dispatch}, {found.placement.num_experts} experts in "
         f"{fleet.num_slots} slots on {fleet.num_ranks} ranks, from iterations {first} to "
         f"{first + statistics.num_iterations - 1}",
         f"imbalance of the whole load, mean of layers: {found.imbalance_L.mean():.4f}, "
         f"proven lower bound {found.bound_L.mean():.4f}",
     ]
+    if found.dispatch != "even":
+        lines.append(f"serve it with replica_dispatch: {found.dispatch}")
+    return lines
 
 
 def _predicted(found: Plan, statistics: Statistics) -> Floats:

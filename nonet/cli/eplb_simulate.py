@@ -84,9 +84,9 @@ def simulate(
     max_moves: Annotated[
         int | None, typer.Option("--max_moves", min=0, help="Most experts a layer to load in a later plan.")
     ] = None,
-    mean_only: Annotated[
-        bool, typer.Option("--mean_only", help="Show planners the mean load, not steps: faster, less robust.")
-    ] = False,
+    samples: Annotated[
+        bool, typer.Option("--samples/--sum", help="Plan for single steps, or for all of them added up (faster).")
+    ] = True,
     tokens_per_rank: TokensPerRank = None,
     num_layers: NumLayers = 58,
     num_experts: NumExperts = 256,
@@ -126,7 +126,7 @@ def simulate(
             ]
         for fleet, name in cases:
             for rule in words(dispatch, "even"):
-                options = Options(name, rule, first, rebalance_every, max_moves, not mean_only, seed=seed)
+                options = Options(name, rule, first, rebalance_every, max_moves, samples, seed=seed)
                 found = replay(load_NLE, fleet, options, load_NRLE=load_NRLE, placement=given)
                 rows.append(found.summary() | {"worst_layer": work.layers[found.summary()["worst_layer"]]})
     _show(rows, shape, time.monotonic() - begin)

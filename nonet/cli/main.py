@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -152,6 +153,21 @@ def demo(
     from nonet.cli.demo import run
 
     run(model=model, ranks=ranks, max_tokens=max_tokens, backend=backend)
+
+
+@_cli.command(short_help="Convert a checkpoint's experts and linear layers to FP8.")
+def quantize(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder of a checkpoint, or a shipped model's name.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; must be new or empty.")],
+    max_shard_gib: Annotated[float, typer.Option(min=0.001, help="Most GiB in one of its files.")] = 4.0,
+) -> None:
+    """Write a checkpoint again with experts and linear layers in FP8, in blocks of 128 x 128, as DeepSeek-V3's are.
+
+    Embeddings, norms, routers and the head keep their type; tokenizer and other files are copied.
+    """
+    from nonet.cli.quantize import run
+
+    run(source, target, int(max_shard_gib * 2**30))
 
 
 def parse_settings(pairs: list[str]) -> list[Said]:

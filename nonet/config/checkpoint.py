@@ -14,6 +14,15 @@ from typing import Any
 from nonet.errors import ConfigError, ModelError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_ORIGINAL = "original_max_position_embeddings"
+ROPE_NEEDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "yarn": ("factor", _ORIGINAL),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL),
+}  # by rope_type
+ROPE_TYPES = tuple(ROPE_NEEDS)
+ROPE_MAY_HAVE = ("attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow")
 SHIPPED = Path(__file__).parent.parent / "assets"  # models that come with the package
 
 
@@ -65,9 +74,9 @@ def find_folder(model: str) -> Path:
 def read_spec(model: str) -> ModelSpec:
     """The shape of the model in a folder. Raises ConfigError (no folder) or ModelError (broken config.json)."""
     folder = find_folder(model)
-    raw = _read_json(folder / "config.json")
+    raw = read_json(folder / "config.json")
     try:
-        return _spec(folder, raw)
+        return _spec(folder, _text_part(raw))
     except KeyError as error:
         raise ModelError(f"{folder / 'config.json'}: key {error.args[0]!r} is missing") from error
     except (AttributeError, TypeError, ValueError) as error:
@@ -87,15 +96,10 @@ def refuse_unsupported(spec: ModelSpec) -> None:
     def check(ok: bool, key: str, value: object, supported: str) -> None:
         require(spec, ok, key, value, supported)
 
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = raw.get(key) or {}
-        kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
-        check(kind == "default", key, raw.get(key), "rope_type default")
-        check(rope.get("partial_rotary_factor", 1) == 1, key, raw.get(key), "partial_rotary_factor 1")
+    rope_parameters(spec)
     check(not raw.get("use_sliding_window"), "use_sliding_window", raw.get("use_sliding_window"), "false")
     check(raw.get("hidden_act", "silu") == "silu", "hidden_act", raw.get("hidden_act"), "silu")
-    quantized = raw.get("quantization_config")
-    check(not quantized, "quantization_config", quantized, f"none: weights in {', '.join(DTYPE_BYTES)}")
+    fp8_block(spec.folder / "config.json", raw)
     check(spec.num_experts > 0, "num_experts", spec.num_experts, "Mixture-of-Experts models")
     check(1 <= spec.top_k <= spec.num_experts, "num_experts_per_tok", spec.top_k, f"1 to {spec.num_experts}")
     check(bool(spec.moe_layers), "mlp_only_layers", raw.get("mlp_only_layers"), "at least one layer with experts")
@@ -103,6 +107,67 @@ def refuse_unsupported(spec: ModelSpec) -> None:
     check(spec.head_dim % 2 == 0, "head_dim", spec.head_dim, "even widths: rope turns halves")
     groups = spec.num_heads % spec.num_kv_heads == 0
     check(groups, "num_key_value_heads", spec.num_kv_heads, f"divisors of the {spec.num_heads} heads")
+
+
+def rope_parameters(spec: ModelSpec) -> dict[str, Any]:
+    """Rotary embedding in the newer generation's keys: rope_type, one of ROPE_TYPES, and all that this type needs.
+
+    Older files give `rope_scaling` with `type`. Raises ModelError for what is not done here.
+    """
+    raw = spec.raw
+    key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    given = raw.get(key) or {}
+    by_layer = not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values())
+    require(spec, not by_layer, key, given, "one mapping for all layers")
+    kind = given.get("rope_type", given.get("type", "default"))
+    require(spec, kind in ROPE_TYPES, f"{key}.rope_type", kind, ", ".join(ROPE_TYPES))
+    part = given.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    require(spec, part in (None, 1), "partial_rotary_factor", part, "1")
+    rope: dict[str, Any] = {**given, "rope_type": kind}
+    original = rope[_ORIGINAL] = raw.get(_ORIGINAL) or given.get(_ORIGINAL) or spec.max_position
+    if kind == "yarn" and given.get("factor") is None and isinstance(original, int):
+        rope["factor"] = spec.max_position / original
+    for name in ROPE_NEEDS[kind]:
+        value = rope.get(name)
+        require(spec, isinstance(value, int | float) and value > 0, f"{key}.{name}", value, "a positive number")
+    for name in ROPE_MAY_HAVE:
+        value = rope.get(name)
+        require(spec, value is None or isinstance(value, int | float), f"{key}.{name}", value, "a number")
+    return rope
+
+
+def fp8_block(path: Path, raw: dict[str, Any]) -> int | None:
+    """Side of the square blocks that share a factor, where weights are in FP8 as DeepSeek's; None where they are plain.
+
+    Raises ModelError for other ways to quantize; `path` is the config.json that `raw` was read from.
+    """
+    given = raw.get("quantization_config")
+    if not given:
+        return None
+    plain = f"weights in {', '.join(DTYPE_BYTES)}, or in FP8 with a factor for each block (`nonet quantize` makes them)"
+
+    def check(ok: bool, key: str, value: object, supported: str) -> None:
+        if not ok:
+            raise ModelError(f"{path}: quantization_config{key} = {value!r} is not supported; supported: {supported}")
+
+    check(isinstance(given, dict), "", given, plain)
+    method, block = given.get("quant_method"), given.get("weight_block_size")
+    bfloat16 = "; save it in bfloat16 first: Mxfp4Config(dequantize=True) of transformers" if method == "mxfp4" else ""
+    check(method == "fp8", ".quant_method", method, plain + bfloat16)
+    check(given.get("fmt", "e4m3") == "e4m3", ".fmt", given.get("fmt"), "e4m3")
+    scheme = given.get("activation_scheme", "dynamic")
+    check(scheme == "dynamic", ".activation_scheme", scheme, "dynamic: activations bring no factors of their own")
+    square = isinstance(block, list) and len(block) == 2 and block[0] == block[1]
+    check(square and isinstance(block[0], int) and block[0] > 0, ".weight_block_size", block, "[128, 128]")
+    return int(block[0])
+
+
+def _text_part(raw: dict[str, Any]) -> dict[str, Any]:
+    """Models that also see or hear keep the keys of their language model in `text_config`; what stands there wins."""
+    text = raw.get("text_config")
+    if text is None:
+        return raw
+    return {**raw, **text, "architectures": raw.get("architectures")}
 
 
 def _spec(folder: Path, raw: dict[str, Any]) -> ModelSpec:
@@ -113,7 +178,7 @@ def _spec(folder: Path, raw: dict[str, Any]) -> ModelSpec:
     generation = folder / "generation_config.json"
     eos = raw.get("eos_token_id")
     if generation.is_file():
-        eos = _read_json(generation).get("eos_token_id", eos)
+        eos = read_json(generation).get("eos_token_id", eos)
     return ModelSpec(
         folder=folder,
         architecture=(raw.get("architectures") or ["(none)"])[0],
@@ -159,7 +224,8 @@ def _moe_layers(raw: dict[str, Any], layers: int) -> tuple[int, ...]:
     return tuple(layer for layer in kept if layer not in dense)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that holds a mapping. Raises ModelError."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

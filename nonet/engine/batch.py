@@ -64,9 +64,10 @@ class BatchBuilder:
         places = [self._places(blocks, start + count) for blocks, start, count in chunks]
         own = [place[start:] for place, (_, start, _) in zip(places, chunks, strict=True)]
         first = np.cumsum(counts) - counts
-        position_T = np.repeat(starts - first, counts) + np.arange(len(step.tokens))
+        position_T = self._tensor(np.repeat(starts - first, counts) + np.arange(len(step.tokens)))
         attention = AttentionBatch(
             place_T=self._tensor(np.concatenate([np.array(last, dtype=np.int64), *own])),
+            position_T=position_T,
             num_decode=num_decode,
             decode_block_BN=self._tensor(np.array(table, dtype=np.int64).reshape(num_decode, longest)),
             decode_length_B=self._tensor(starts[:num_decode] + 1),
@@ -78,7 +79,7 @@ class BatchBuilder:
         )
         return Batch(
             token_T=self._tensor(np.array(step.tokens, dtype=np.int64)),
-            position_T=self._tensor(position_T),
+            position_T=position_T,
             attention=attention,
             tp_rows=split_evenly(len(step.tokens), self.tp_size),
             moe=MoeBatch(ep_rows(tokens_by_dp_rank, self.tp_size)),
@@ -89,11 +90,13 @@ class BatchBuilder:
         """A pass of tokens that belong to no request: they travel, but are no load and leave no keys behind."""
         D = len(token_D)
         place_D = torch.full((D,), self.scratch_place, device=self.device)
+        position_D = torch.zeros(D, dtype=torch.int64, device=self.device)
         return Batch(
             token_T=token_D.to(self.device),
-            position_T=torch.zeros(D, dtype=torch.int64, device=self.device),
+            position_T=position_D,
             attention=AttentionBatch(
                 place_T=place_D,
+                position_T=position_D,
                 num_decode=D,
                 decode_block_BN=(place_D // self.block_size).unsqueeze(1),
                 decode_length_B=torch.ones(D, dtype=torch.int64, device=self.device),

@@ -7,6 +7,7 @@ same ones. Owned by the worker. What the files look like is `eplb.recording`'s b
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from nonet.config.checkpoint import ModelSpec
 from nonet.config.schema import EngineConfig
 from nonet.eplb.placement import Placement
 from nonet.eplb.recording import Recording, check_folder, meta_info
+from nonet.errors import ConfigError
 from nonet.moe.load import LoadCounter
 
 log = logging.getLogger("nonet")
@@ -49,18 +51,27 @@ class Recorder:
     def end_iteration(self) -> None:
         """All layers of a step are done. A step that fails midway is not counted."""
         self._iteration += 1
-        if not self._wanted:
-            return
+        if self._wanted:
+            self._guard(self._add)
+
+    def close(self) -> None:
+        """Write what there is, if anything; a run that ended before it was complete says so."""
+        self._guard(self._finish)
+
+    def _guard(self, action: Callable[[], None]) -> None:
+        """A full disk, or a folder that is gone, ends the recording and not the service."""
+        try:
+            action()
+        except (OSError, ConfigError) as error:
+            log.error("expert statistics: rank %d cannot write, recording ends: %s", self._world.rank, error)
+            self._wanted, self._recording, self._load.slot_LG = range(0), None, None
+
+    def _add(self) -> None:
         counted = self._load.slot_LG
         if counted is not None:
-            try:
-                if self._recording is None:  # not before: files of an earlier run are kept until there are new ones
-                    self._recording = Recording(self._folder, self._world.rank, self._world.size, self._meta)
-                self._recording.add(counted.cpu().numpy().astype(np.int32))
-            except OSError as error:  # a full disk ends the recording, not the service
-                log.error("expert statistics: rank %d cannot write, recording ends: %s", self._world.rank, error)
-                self._wanted, self._recording, self._load.slot_LG = range(0), None, None
-                return
+            if self._recording is None:  # not before: files of an earlier run are kept until there are new ones
+                self._recording = Recording(self._folder, self._world.rank, self._world.size, self._meta)
+            self._recording.add(counted.cpu().numpy().astype(np.int32))
             counted.zero_()
         self._switch()
 
@@ -71,18 +82,16 @@ class Recorder:
                 self._placement.expert_LG.shape, dtype=torch.int64, device=self._load.count_LE.device
             )
         if self._iteration == self._wanted.stop:
-            self.close()
+            self._finish()
 
-    def close(self) -> None:
-        """Write what there is, if anything; a run that ended before it was complete says so."""
-        self._load.slot_LG = None
+    def _finish(self) -> None:
+        if not self._wanted:
+            return
         if self._recording is not None:
             self._recording.close()
-            if self._world.rank == 0:
-                self._say(self._recording.length)
-        elif self._wanted and self._world.rank == 0:
-            self._say(0)
-        self._wanted, self._recording = range(0), None
+        if self._world.rank == 0:
+            self._say(self._recording.length if self._recording is not None else 0)
+        self._wanted, self._recording, self._load.slot_LG = range(0), None, None
 
     def _say(self, length: int) -> None:
         asked = f"{self._wanted.start}-{self._wanted.stop}"

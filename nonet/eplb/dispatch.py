@@ -20,14 +20,14 @@ from nonet.eplb.sources import even_quota, own_quota
 from nonet.errors import ConfigError
 
 __all__ = [
-    "Replicas", "WaterFill", "assign", "even_quota", "even_shares", "own_quota", "quotas", "rank_load", "slot_tokens",
-    "waterfill",
+    "Replicas", "WaterFill", "assign", "even_quota", "even_shares", "own_quota", "precompile", "quotas", "rank_load",
+    "slot_tokens", "waterfill",
 ]  # fmt: skip
 
 Floats = npt.NDArray[np.float64]
 
 WARM_SWEEPS = 8
-DECAY = 0.9  # of a running average of the load, each time it learns
+DECAY = 0.8  # of a running average of the load, a step: about the best where loads move as published ones do
 CLOSE = 5e-4  # to the bound, relative: half a token on a rank with 1,024
 EXACT, MOST_SWEEPS = 1e-9, 100_000  # when a solution is wanted to the end
 
@@ -89,3 +89,13 @@ def waterfill(
     For one load; `WaterFill` keeps what depends on the placement alone. Raises ConfigError as that does.
     """
     return WaterFill(placement, share_LG).solve(load_LE, sweeps)
+
+
+def precompile() -> None:
+    """Compile all loops of the rules, or read them from disk: once, before ranks are forked, which then have them."""
+    placement = Placement.contiguous(1, 2, 2, 4)
+    count_LE = np.ones((1, 2), np.int64)
+    fill = WaterFill(placement)
+    tokens_LG = slot_tokens(2 * count_LE, fill.solve(2 * count_LE), fill.replicas)
+    quotas(np.ones((2, 2), np.int64), tokens_LG[0], fill.replicas, 0)
+    own_quota(count_LE[0], fill.share_LG[0], fill.replicas, 0, 0)

@@ -7,7 +7,9 @@ Legend: N sampled steps, L MoE layers, E experts, R ranks, G global slots.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +32,7 @@ class Problem:
 
     load_LE: Floats  # tokens of each expert, mean over the sampled steps
     load_NLE: Floats | None  # the sampled steps, where they were given
+    bound_L: Floats  # proven: no placement has a lower imbalance
     fleet: Fleet
     dispatch: str
     current: Placement | None
@@ -72,25 +75,34 @@ def plan(
 ) -> Plan:
     """Place experts on a fleet for a load: [L, E] tokens by expert, or sampled steps [N, L, E].
 
-    dispatch: the rule that will spread an expert's tokens over its replicas. current: plan from this placement; an
-    expert that stays on a rank keeps its slot. max_moves: most (rank, expert) pairs to load a layer, a hard cap.
-    tolerance: imbalance that is good enough. num_groups: expert groups, for policies that keep them on a node.
-    The result is a function of the arguments alone, on every machine. Raises ConfigError naming the argument.
+    policy: the name of a file in `policies/`; "default" is nonet. Sampled steps let it keep experts apart that are hot
+    in the same steps; the others use their mean, and so does it with a current placement.
+    dispatch: the rule that will spread an expert's tokens over its replicas.
+    current: plan from this placement; an expert that stays on a rank keeps its slot.
+    max_moves: most (rank, expert) pairs to load a layer, a hard cap.
+    tolerance: imbalance above the proven bound that is good enough; left out, the policy's own.
+    num_groups: groups of consecutive experts of which the router picks few; kept on a node where the fleet has several.
+    The result is a function of the arguments alone: no randomness, no threads. Raises ConfigError naming the argument.
     """
     name = "nonet" if policy == "default" else policy
-    plugins.check(POLICIES, name, "policy")
+    place = _policy(name)
     problem = _problem(load, fleet, dispatch, current, max_moves, tolerance, num_groups)
-    expert_LG = plugins.load(POLICIES, name, "policy").place(problem)
-    expert_LG = _settle(expert_LG, problem)
-    placement = Placement(expert_LG, fleet, problem.load_LE.shape[1])
+    placement = Placement(_settle(place(problem), problem), fleet, problem.load_LE.shape[1])
     return Plan(
         placement=placement,
         policy=name,
         dispatch=dispatch,
         imbalance_L=predicted(problem.load_LE, placement, dispatch),
-        bound_L=lower_bound(problem.load_LE, fleet, dispatch),
+        bound_L=problem.bound_L,
         moves_L=moves(placement, current),
     )
+
+
+@cache
+def _policy(name: str) -> Callable[[Problem], npt.NDArray[np.int32]]:
+    """Found once: listing the folder takes as long as some plans."""
+    place: Callable[[Problem], npt.NDArray[np.int32]] = plugins.load(POLICIES, name, "policy").place
+    return place
 
 
 def moves(placement: Placement, current: Placement | None = None) -> npt.NDArray[np.int64]:
@@ -119,15 +131,13 @@ def _settle(expert_LG: npt.NDArray[np.int32], problem: Problem) -> npt.NDArray[n
             fill_G = np.arange(first[rank], first[rank + 1]) % problem.load_LE.shape[1]
             out_LG[:, own] = fill_G if current is None else current.expert_LG[:, own]
         elif current is not None:
-            for layer in range(len(out_LG)):
+            for layer in np.flatnonzero((out_LG[:, own] != current.expert_LG[:, own]).any(1)):
                 out_LG[layer, own] = _aligned(out_LG[layer, own], current.expert_LG[layer, own])
     return out_LG
 
 
 def _aligned(new_S: npt.NDArray[np.int32], old_S: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
     """The new experts of a rank, ordered such that as many as possible keep their slot."""
-    if (new_S == old_S).all():
-        return new_S
     waiting = list(new_S)
     out = [-1] * len(new_S)
     for slot, expert in enumerate(old_S):
@@ -178,6 +188,5 @@ def _problem(
         raise ConfigError("tolerance", tolerance, "must be 0 or more")
     if num_groups is not None and (num_groups < 1 or experts % num_groups):
         raise ConfigError("num_groups", num_groups, f"must divide {experts} experts")
-    return Problem(
-        load_LE, samples if samples.ndim == 3 else None, fleet, dispatch, current, max_moves, tolerance, num_groups
-    )
+    steps, bound_L = samples if samples.ndim == 3 else None, lower_bound(load_LE, fleet, dispatch)
+    return Problem(load_LE, steps, bound_L, fleet, dispatch, current, max_moves, tolerance, num_groups)

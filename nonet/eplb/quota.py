@@ -31,26 +31,27 @@ def slot_tokens(count_LE: npt.ArrayLike, share_LG: Floats, replicas: Replicas) -
     """
     count = np.ascontiguousarray(count_LE, dtype=np.int64)
     out_LG = np.zeros(share_LG.shape, np.int64)
-    fleet = replicas.placement.fleet
     rank_G = replicas.placement.rank_of_slot()
     share = np.ascontiguousarray(share_LG, dtype=np.float64)
-    _slot_tokens(count, share, replicas.order_LG, replicas.count_LE, rank_G, np.array(fleet.speeds), out_LG)
+    ranks = replicas.placement.fleet.num_ranks
+    _slot_tokens(count, share, replicas.order_LG, replicas.count_LE, rank_G, ranks, out_LG)
     return out_LG
 
 
-def quotas(count_RE: npt.ArrayLike, tokens_G: Ints, replicas: Replicas, layer: int) -> Ints:
-    """int64 [R, G]: how many of its tokens each source rank sends to each slot.
+def quotas(count_RE: npt.ArrayLike, tokens_G: Ints, replicas: Replicas, layer: int, rank: int | None = None) -> Ints:
+    """int64 [R, G]: how many of its tokens each source rank sends to each slot; of one rank: [G].
 
     count_RE: tokens of each source for each expert; tokens_G: their sum over sources by slot (`slot_tokens`). Both
     margins are exact. A source uses its own slot first, then those of its node, then what is left in order.
     """
     count = np.ascontiguousarray(count_RE, dtype=np.int64)
     fleet = replicas.placement.fleet
-    out_RG = np.zeros((fleet.num_ranks, fleet.num_slots), np.int64)
+    out_RG = np.zeros((fleet.num_ranks if rank is None else 1, fleet.num_slots), np.int64)
     rank_G = replicas.placement.rank_of_slot()
     node_R = np.array(fleet.nodes, np.int64)
-    _quotas(count, tokens_G, replicas.order_LG[layer], replicas.count_LE[layer], rank_G, node_R, out_RG)
-    return out_RG
+    only = -1 if rank is None else rank
+    _quotas(count, tokens_G, replicas.order_LG[layer], replicas.count_LE[layer], rank_G, node_R, only, out_RG)
+    return out_RG if rank is None else out_RG[0]
 
 
 def assign(expert_TK: npt.ArrayLike, quota_G: Ints, replicas: Replicas, layer: int) -> Ints:
@@ -91,9 +92,9 @@ def stride(count: int) -> int:
 
 @jit
 def _slot_tokens(
-    count_LE: Ints, share_LG: Floats, order_LG: Ints, replicas_LE: Ints, rank_G: Ints, speed_R: Floats, out_LG: Ints
+    count_LE: Ints, share_LG: Floats, order_LG: Ints, replicas_LE: Ints, rank_G: Ints, num_ranks: int, out_LG: Ints
 ) -> None:
-    lost_R = np.empty(len(speed_R))
+    lost_R = np.empty(num_ranks)
     for layer in range(len(count_LE)):
         lost_R[:] = 0.0
         begin = 0
@@ -125,47 +126,41 @@ def _slot_tokens(
 
 @jit
 def _quotas(
-    count_RE: Ints, tokens_G: Ints, order_G: Ints, replicas_E: Ints, rank_G: Ints, node_R: Ints, out_RG: Ints
+    count_RE: Ints, tokens_G: Ints, order_G: Ints, replicas_E: Ints, rank_G: Ints, node_R: Ints, only: int, out_RG: Ints
 ) -> None:
+    """only: the rank whose quota is wanted, in the only row of out_RG; -1: all."""
     num_ranks = len(count_RE)
     left_R = np.empty(num_ranks, np.int64)
     left_G = tokens_G.copy()
-    nodes = node_R.max() - node_R.min() > 0
+    one_node = node_R.max() == node_R.min()
     begin = 0
     for e in range(count_RE.shape[1]):
         end = begin + replicas_E[e]
         if end - begin == 1:
-            for r in range(num_ranks):
-                out_RG[r, order_G[begin]] = count_RE[r, e]
+            for i in range(len(out_RG)):
+                out_RG[i, order_G[begin]] = count_RE[i if only < 0 else only, e]
             begin = end
             continue
         for r in range(num_ranks):
             left_R[r] = count_RE[r, e]
-        for i in range(begin, end):
-            g = order_G[i]
-            _send(rank_G[g], g, left_R, left_G, out_RG)
-        for i in range(begin, end):
-            g = order_G[i]
-            if nodes:
-                for r in range(num_ranks):
-                    if left_G[g] == 0:
-                        break
-                    if node_R[r] == node_R[rank_G[g]]:
-                        _send(r, g, left_R, left_G, out_RG)
-        r = 0
-        for i in range(begin, end):
-            g = order_G[i]
-            while left_G[g] > 0 and r < num_ranks:
-                _send(r, g, left_R, left_G, out_RG)
-                if left_R[r] == 0:
+        for near in range(3):  # 0: a source's own slot; 1: those of its node; 2: any
+            if near == 1 and one_node:
+                continue
+            done = 0  # sources with nothing left, where all are asked in order
+            for i in range(begin, end):
+                g = order_G[i]
+                home = rank_G[g]
+                while near == 2 and done < num_ranks and left_R[done] == 0:
+                    done += 1
+                r, stop = (home, home + 1) if near == 0 else (done, num_ranks)
+                while r < stop and left_G[g] > 0:
+                    if near != 1 or node_R[r] == node_R[home]:
+                        tokens = min(left_R[r], left_G[g])
+                        left_R[r] -= tokens
+                        left_G[g] -= tokens
+                        if only < 0:
+                            out_RG[r, g] += tokens
+                        elif only == r:
+                            out_RG[0, g] += tokens
                     r += 1
         begin = end
-
-
-@jit
-def _send(r: int, g: int, left_R: Ints, left_G: Ints, out_RG: Ints) -> None:
-    """As many tokens of a source to a slot as both have left."""
-    tokens = min(left_R[r], left_G[g])
-    out_RG[r, g] += tokens
-    left_R[r] -= tokens
-    left_G[g] -= tokens

@@ -81,6 +81,7 @@ class Simulation:
     def summary(self) -> dict[str, Any]:
         """Plain numbers; `worst_layer` is an index of L."""
         by_layer_L = self.imbalance_NL.mean(axis=0)
+        again = self.moves[1:] or self.moves  # the first plan loads everything
         return {
             "ranks": self.fleet.num_ranks,
             "slots": self.fleet.num_slots,
@@ -95,7 +96,7 @@ class Simulation:
             "planned": float(self.planned_L.mean()),
             "bound": float(self.bound_L.mean()),
             "plans": len(self.planner_s),
-            "moves_a_layer_and_plan": float(np.mean(self.moves)) / len(self.planned_L) if self.moves else 0.0,
+            "moves_a_layer_and_plan": float(np.mean(again)) / len(self.planned_L) if again else 0.0,
             "planner_ms": 1e3 * float(np.mean(self.planner_s)) if self.planner_s else 0.0,
         }
 
@@ -125,17 +126,9 @@ def simulate(
     seconds: list[float] = []
     first = options.plan_steps
     known_NLE = load[:first] if first else load
-    planned_L = bound_L = np.zeros(0)
     if placement is None:
         placement = _place(known_NLE, fleet, options, None, moves, seconds)
-    planned_L = imbalance(rank_load(known_NLE.mean(axis=0), placement), fleet)
-    if options.dispatch in ("waterfill", "waterfill-average", "optimal"):
-        fill = WaterFill(placement)
-        fill.solve(known_NLE.mean(axis=0), None)
-        planned_L = imbalance(fill.load_LR, fleet)
-    bound_L = lower_bound(
-        known_NLE.mean(axis=0), fleet, "even" if options.dispatch in ("even", "hashed") else "waterfill"
-    )
+    planned_L, bound_L = _expected(known_NLE.mean(axis=0), placement, _planned_for(options.dispatch))
     rule = _Rule(options, placement, known_NLE)
     out_NL = np.empty((len(load) - first, load.shape[1]))
     for n in range(first, len(load)):
@@ -148,14 +141,26 @@ def simulate(
     return Simulation(options, fleet, placement, out_NL, planned_L, bound_L, moves, seconds)
 
 
+def _planned_for(dispatch: str) -> str:
+    """What a planner calls the rule."""
+    return "even" if dispatch in ("even", "hashed") else "waterfill"
+
+
+def _expected(load_LE: Floats, placement: Placement, dispatch: str) -> tuple[Floats, Floats]:
+    """([L] imbalance of a load on a placement, [L] bound of it on any placement)."""
+    fleet = placement.fleet
+    share_LG = WaterFill(placement).solve(load_LE, None) if dispatch == "waterfill" else None
+    return imbalance(rank_load(load_LE, placement, share_LG), fleet), lower_bound(load_LE, fleet, dispatch)
+
+
 def _place(
     known_NLE: Ints, fleet: Fleet, options: Options, current: Placement | None, moves: list[int], seconds: list[float]
 ) -> Placement:
+    """A plan, its transfers and its time added to what there is."""
     if options.policy == NO_PLAN:
         return Placement.contiguous(known_NLE.shape[1], known_NLE.shape[2], fleet.num_ranks, fleet.num_slots)
-    even = options.dispatch in ("even", "hashed")
     load = known_NLE if options.samples else known_NLE.mean(axis=0)
-    rule = "even" if even else "waterfill"
+    rule = _planned_for(options.dispatch)
     _compile(options.policy, rule, options.samples, current is not None)
     begin = time.process_time()
     cap = None if current is None else options.max_moves

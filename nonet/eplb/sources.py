@@ -14,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from nonet.eplb.policies._jit import jit
+from nonet.eplb.quota import GOLDEN
 from nonet.eplb.replicas import Replicas
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 RULES = ("even", "average", "hashed")
-GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, lie evenly spread however many are taken
 _SMALL = 1e-9  # what is missing to a whole token by rounding of floats
 _SIZE = 8  # a token's experts, for the token numbers that `hashed` needs
 

@@ -1,6 +1,6 @@
-"""The dense gated MLP, its intermediate width split over the tensor-parallel ranks.
+"""The dense gated MLP, its intermediate width split over the tensor-parallel ranks, or whole.
 
-Legend: T rows of all tensor-parallel ranks, D hidden, I this rank's part of the intermediate width.
+Legend: T rows of all tensor-parallel ranks, t this rank's, D hidden.
 """
 
 from __future__ import annotations
@@ -23,17 +23,26 @@ def span_of(width: int, parts: int, part: int) -> Range:
     return bounds[part], bounds[part + 1]
 
 
+class GatedMlp:
+    """down(silu(gate(x)) * up(x)), of a part of its width, or of the whole: shared experts are one on each rank."""
+
+    def __init__(self, checkpoint: Checkpoint, prefix: str, span: Range) -> None:
+        parts = [checkpoint.read(f"{prefix}.{part}_proj.weight", rows=span) for part in ("gate", "up")]
+        self.gate_up = pack(torch.cat(parts))
+        self.down = pack(checkpoint.read(f"{prefix}.down_proj.weight", columns=span))
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        gate, up = linear(x_TD, self.gate_up).chunk(2, dim=-1)
+        return linear(F.silu(gate) * up, self.down)
+
+
 class DenseMlp:
     """Gathers rows, computes its slice, and scatters the sum back to the rows' ranks."""
 
     def __init__(self, checkpoint: Checkpoint, prefix: str, intermediate_size: int, tp: Group) -> None:
         self.tp = tp
-        span = span_of(intermediate_size, tp.size, tp.rank)
-        parts = [checkpoint.read(f"{prefix}.{part}_proj.weight", rows=span) for part in ("gate", "up")]
-        self.gate_up = pack(torch.cat(parts))
-        self.down = pack(checkpoint.read(f"{prefix}.down_proj.weight", columns=span))
+        self.slice = GatedMlp(checkpoint, prefix, span_of(intermediate_size, tp.size, tp.rank))
 
     def forward(self, x_tD: Tensor, rows: tuple[int, ...]) -> Tensor:
         x_TD = self.tp.all_gather_rows(x_tD, rows).wait()
-        gate, up = linear(x_TD, self.gate_up).chunk(2, dim=-1)
-        return self.tp.reduce_scatter_rows(linear(F.silu(gate) * up, self.down), rows).wait()
+        return self.tp.reduce_scatter_rows(self.slice(x_TD), rows).wait()

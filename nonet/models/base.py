@@ -74,17 +74,25 @@ class Model(Protocol):
         ...
 
 
+def families() -> dict[str, ModuleType]:
+    """The family files by name: those of this folder that say which architectures they serve."""
+    modules = {name: importlib.import_module(f"nonet.models.{name}") for name in plugins.names("nonet.models")}
+    return {name: module for name, module in modules.items() if hasattr(module, "ARCHITECTURES")}
+
+
 def family_of(spec: ModelSpec) -> ModuleType:
-    """The family that serves this architecture. Raises ModelError listing those that exist."""
-    known: dict[str, str] = {}
-    for name in plugins.names("nonet.models"):
-        if name in ("base", "decoder"):
-            continue
-        module = importlib.import_module(f"nonet.models.{name}")
+    """The family that serves this architecture, once its `check`, if it has one, found nothing that is not done here.
+
+    Raises ModelError, for an unknown architecture listing those that exist.
+    """
+    known = families().values()
+    for module in known:
         if spec.architecture in module.ARCHITECTURES:
+            if hasattr(module, "check"):
+                module.check(spec)
             return module
-        known.update(dict.fromkeys(module.ARCHITECTURES, name))
-    raise ModelError(f"architecture {spec.architecture} is not supported; supported: {', '.join(sorted(known))}")
+    names = ", ".join(sorted(name for module in known for name in module.ARCHITECTURES))
+    raise ModelError(f"architecture {spec.architecture} is not supported; supported: {names}")
 
 
 def heads_of(count: int, tp: Group) -> tuple[int, int]:

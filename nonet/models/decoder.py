@@ -91,10 +91,12 @@ def moe_layer(
     rule: Rule,
     fill: Callable[[Sequence[int], Range], SlotWeights],
     shared: Callable[[Tensor], Tensor] | None = None,
+    weighs_input: bool = False,
 ) -> Feed:
     """The experts of model layer `index`. `fill` makes slots of these experts with this part of their width.
 
-    gate: rows to router logits; shared: the shared expert on this rank's rows, if there is one.
+    gate: rows to router logits; shared: the shared expert on this rank's rows, if there is one; weighs_input: the
+    router's weight scales what an expert gets, not what it gives.
     """
     spec, moe = parts.spec, parts.config.moe
     ordinal = spec.moe_layers.index(index)
@@ -117,5 +119,6 @@ def moe_layer(
         slots=fill(experts, span),
         max_rows=parts.max_rows,
         shared=shared,
+        weighs_input=weighs_input,
     )
     return lambda x_tD, batch: layer.forward(x_tD, batch.moe)

@@ -9,7 +9,7 @@ from functools import partial
 
 from nonet.kernels.linear import linear, pack
 from nonet.layers.attention import Attention
-from nonet.layers.rope import Rope
+from nonet.layers.rope import rope_of
 from nonet.models.base import Parts, heads_of
 from nonet.models.decoder import Decoder, Feed, Layer, dense_mlp, moe_layer
 from nonet.moe.router import softmax_topk
@@ -22,7 +22,7 @@ class Model(Decoder):
     def __init__(self, parts: Parts) -> None:
         spec = parts.spec
         length = parts.config.model.max_model_len or spec.max_position
-        rope = Rope(spec.head_dim, spec.rope_theta, length, parts.dtype, parts.device)
+        rope = rope_of(spec, spec.head_dim, length, parts.dtype, parts.device)
         super().__init__(parts, [_layer(parts, index) for index in range(spec.num_layers)], rope)
 
 

@@ -41,6 +41,7 @@ class MoeLayer:
     slots: SlotWeights
     max_rows: int  # tokens of one rank in one pass; more are chunked
     shared: Callable[[Tensor], Tensor] | None = None
+    weighs_input: bool = False  # the weight scales an expert's row instead of its result (Llama 4); top-1 only
 
     def forward(self, x_TD: Tensor, batch: MoeBatch) -> Tensor:
         """[T, D]. Every rank makes the same number of passes, also one without tokens."""
@@ -59,7 +60,10 @@ class MoeLayer:
         return torch.cat(out)
 
     def one_pass(self, x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor, rows: Sequence[int]) -> Tensor:
-        sending = self.all2all.dispatch(x_TD, slot_TK, weight_TK, rows)
+        routed_TD = x_TD
+        if self.weighs_input:
+            routed_TD, weight_TK = x_TD * weight_TK.to(x_TD.dtype), torch.ones_like(weight_TK)
+        sending = self.all2all.dispatch(routed_TD, slot_TK, weight_TK, rows)
         shared_TD = self.shared(x_TD) if self.shared else None  # runs while tokens travel
         sent = sending.wait()
         y_TD = self.all2all.combine(self.experts(sent, self.slots, self.all2all.takes), sent).wait()

@@ -192,9 +192,10 @@ def test_a_plan_for_shares_by_load_predicts_their_imbalance(cli, tmp_path):
     record(tmp_path / "recorded", PLAIN)
     even, filled = (
         planned(cli, tmp_path, "--num_slots", 20, "--dispatch", rule, *more, policy="nonet")[1]["average"]
-        for rule, more in (("even", ()), ("waterfill", ("--samples",)))
+        for rule, more in (("even", ("--sum",)), ("waterfill", ()))
     )
     assert filled["predicted"] < 0.5 * even["predicted"]
+    assert "# serve it with replica_dispatch: waterfill\n" in (tmp_path / "moe_load_balancer.yaml").read_text()
 
 
 def test_planning_from_the_current_placement_moves_few(cli, tmp_path):

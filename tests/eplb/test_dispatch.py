@@ -16,6 +16,9 @@ from hypothesis import strategies as st
 
 from nonet.config.fleet import Fleet
 from nonet.eplb import dispatch
+from nonet.eplb import quota as _quota
+from nonet.eplb import sources as _sources
+from nonet.eplb import waterfill as _waterfill
 from nonet.eplb.dispatch import Replicas, WaterFill, even_shares, rank_load, waterfill
 from nonet.eplb.load import imbalance
 from nonet.eplb.placement import Placement
@@ -144,6 +147,22 @@ def test_components():
     assert Replicas.of(part).components().tolist() == [2]  # expert 3's replicas are on one rank and join nothing
 
 
+def test_what_is_compiled_before_ranks_start_is_all_they_need():
+    """No kernel gets a second form later on, neither from arrays of other origins nor from other options."""
+    dispatch.precompile()
+    loops = [_waterfill.solve, _quota._slot_tokens, _quota._quotas, _sources._slot_sums]
+    before = [len(loop.signatures) for loop in loops]
+    placement = connected(2, 16, 4)
+    fill = WaterFill(placement)
+    count_RE = torch.ones((4, 16), dtype=torch.int64).numpy()
+    total = count_RE.sum(axis=0, keepdims=True).repeat(2, axis=0)
+    tokens_LG = dispatch.slot_tokens(total, fill.solve(total, sweeps=None), fill.replicas)
+    dispatch.quotas(count_RE.astype(np.int32), tokens_LG[1], fill.replicas, 1, rank=2)
+    dispatch.own_quota(count_RE[1], fill.share_LG[1], fill.replicas, 1, 3)
+    dispatch.even_quota(count_RE[1], fill.replicas, 1, 3)
+    assert [len(loop.signatures) for loop in loops] == before == [1, 1, 1, 1]
+
+
 def test_a_lost_expert_is_refused():
     fleet = Fleet((1, 1), dead_ranks=frozenset({1}))
     with pytest.raises(ConfigError, match="layer 0: no replica of it is on a live rank; plan again"):
@@ -176,6 +195,7 @@ def test_whole_tokens_keep_their_sums(case, seed):
     assert quota_RG.min() >= 0
     assert (quota_RG.sum(axis=0) == tokens_LG[0]).all()
     for rank in range(ranks):
+        assert (dispatch.quotas(count_RE, tokens_LG[0], replicas, 0, rank) == quota_RG[rank]).all()
         assert (np.bincount(row, weights=quota_RG[rank], minlength=len(load[0])) == count_RE[rank]).all()
         pairs = rng.permutation(np.repeat(np.arange(len(load[0])), count_RE[rank]))
         expert_TK = np.append(pairs, [-1])[:, None]  # with a padded pair

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nonet.cli import eplb_simulate
+from nonet.cli.main import app
 from nonet.config.fleet import Fleet
 from nonet.eplb import sources, synthetic
 from nonet.eplb.dispatch import Replicas
@@ -178,6 +179,17 @@ def test_command_table_of_statistics_and_a_placement(tmp_path, capsys):
     path = tmp_path / "plan.yaml"
     eplb_simulate.simulate(expert_statistic_path=tmp_path / "count.npy", ep_size=["4"], placement=path)
     assert "6 steps each" in capsys.readouterr().out
+
+
+def test_commands_are_registered(capsys):
+    load = ["--load", "zipf:0.9", "--ep-size", "4", "--num_layers", "1", "--num-experts", "16", "--steps", "2"]
+    for words in (["simulate", "--plan_steps", "2"], ["advise", "--imbalance", "0.3"]):
+        with pytest.raises(SystemExit) as left:
+            app(["eplb", *words, *load])
+        assert left.value.code == 0
+    text = capsys.readouterr().out
+    assert "2 steps each" in text
+    assert "imbalance 0.3 with dispatch even on 4 ranks" in text
 
 
 @pytest.mark.parametrize(

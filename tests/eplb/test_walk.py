@@ -69,6 +69,7 @@ def test_a_short_walk(tmp_path, capsys):
     second = read_statistics(tmp_path / "after")
     assert (second.load().sum(axis=0) == after_LE).all(), "slots fold back to experts"
     assert np.abs(before_LE - after_LE).sum() <= 0.01 * before_LE.sum(), "the same texts, the same experts"
+    assert (second.replay(second.placement).count_NRLG == second.count_NRLG).all(), "predictions use the engine's rule"
     measured = imbalance(second.rank_load().sum(axis=0))
     assert recorded.mean() > 0.1
     print(recorded.mean(), planned, measured.mean())

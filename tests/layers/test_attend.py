@@ -8,22 +8,30 @@ import pytest
 import torch
 from attention_cases import Paged, random_spans
 
-from nonet.layers.attention import attend
+from nonet.layers.attention import PLAIN, Sight, attend
 
 MAX_LEN = 13
 
 
-def plain(q_THd: torch.Tensor, cache, paged: Paged, spans) -> torch.Tensor:
+def plain(q_THd: torch.Tensor, cache, paged: Paged, spans, sight: Sight = PLAIN) -> torch.Tensor:
     """Each new token: softmax of its scaled products with the keys up to itself, over their values. In float64."""
     group = q_THd.shape[1] // cache[0].shape[1]
     keys, values = (part.double().repeat_interleave(group, dim=1) for part in cache)
     out, row = torch.empty_like(q_THd, dtype=torch.float64), 0
     for blocks, start, count in spans:
         for position in range(start, start + count):
-            places = paged.positions(blocks, position + 1)
+            seen = range(position + 1)
+            seen = [c for c in seen if sight.window is None or position - c < sight.window]
+            seen = [c for c in seen if sight.chunk is None or c // sight.chunk == position // sight.chunk]
+            places = paged.positions(blocks, position + 1)[seen]
             q_Hd = q_THd[row].double()
-            score_HC = torch.einsum("hd,chd->hc", q_Hd, keys[places]) / math.sqrt(q_Hd.shape[-1])
-            out[row] = torch.einsum("hc,chd->hd", score_HC.softmax(-1), values[places])
+            scale = 1 / math.sqrt(q_Hd.shape[-1]) if sight.scale is None else sight.scale
+            score_HC = torch.einsum("hd,chd->hc", q_Hd, keys[places]) * scale
+            sink_H1 = torch.full_like(score_HC[:, :1], -torch.inf)
+            if sight.sink_H is not None:
+                sink_H1[:, 0] = sight.sink_H
+            weight_HC = torch.cat([score_HC, sink_H1], dim=1).softmax(-1)[:, :-1]
+            out[row] = torch.einsum("hc,chd->hd", weight_HC, values[places])
             row += 1
     return out
 
@@ -45,6 +53,47 @@ def test_random_mixes_of_decoding_and_chunks(seed, heads, kv_heads, head_dim):
     got = attend(q_THd, cache, paged.attention(spans))
     assert got.shape == q_THd.shape
     torch.testing.assert_close(got.double(), plain(q_THd, cache, paged, spans), atol=2e-6, rtol=2e-6)
+
+
+SINK_H = torch.tensor([1.5, -2.0, 0.0, 3.0, -0.5, 0.7])
+SIGHTS = {
+    "window": Sight(window=4),
+    "of-one": Sight(window=1),
+    "longer-than-all": Sight(window=99, chunk=99),
+    "chunk": Sight(chunk=5),
+    "both": Sight(window=3, chunk=4),
+    "sinks": Sight(sink_H=SINK_H, scale=0.9),
+    "window-and-sinks": Sight(window=6, sink_H=SINK_H),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("name", SIGHTS)
+def test_what_a_token_sees(name, seed, dtype):
+    """float64 takes plain PyTorch, float32 the compiled kernel where sequences decode."""
+    paged, sight = Paged(num_blocks=7 * MAX_LEN, block_size=[1, 2, 3, 16][seed], seed=seed), SIGHTS[name]
+    spans = random_spans(paged, seed, MAX_LEN)
+    q_THd, cache = inputs(paged, spans, 6, 2, 8, seed)
+    got = attend(q_THd.to(dtype), tuple(part.to(dtype) for part in cache), paged.attention(spans), sight)
+    torch.testing.assert_close(got.double(), plain(q_THd, cache, paged, spans, sight), atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["window", "chunk", "window-and-sinks"])
+def test_what_lies_before_may_be_no_number(name, dtype):
+    """As nothing is read there, it could be given back one day."""
+    paged, sight = Paged(num_blocks=40, block_size=2), SIGHTS[name]
+    spans = [(paged.take(12), 11, 1), (paged.take(13), 11, 2)]
+    q_THd, cache = inputs(paged, spans, 6, 2, 8, seed=4)
+    q_THd, cache = q_THd.to(dtype), tuple(part.to(dtype) for part in cache)
+    before = attend(q_THd, cache, paged.attention(spans), sight)
+    first = [int(sight.first(torch.tensor(start))) for _, start, _ in spans]
+    assert min(first) > 0
+    for (blocks, _, _), count in zip(spans, first, strict=True):
+        for part in cache:
+            part[paged.positions(blocks, count)] = torch.nan
+    assert torch.equal(attend(q_THd, cache, paged.attention(spans), sight), before)
 
 
 @pytest.mark.parametrize(

@@ -40,10 +40,11 @@ def replicate(load_LE: Floats, num_slots: int, most: int) -> Ints:
 
 
 @jit
-def build(s: State, count_E: Ints, order_E: Ints, connect: bool) -> None:
+def build(s: State, count_E: Ints, order_E: Ints, node_R: Ints, home_E: Ints, connect: bool) -> None:
     """Fill the empty slots of `s` with count_E replicas of each expert, or nearly so where that cannot be, in order.
 
-    connect: each further replica goes to the least loaded rank that is not yet connected with the first one.
+    home_E: the node for an expert's first replica, while that has room; -1: any. connect: each further replica goes
+    to the least loaded rank that is not yet connected with the first one.
     """
     used_R = np.zeros(len(s.load_R), np.int64)
     key_R = np.where(s.first_R[1:] > s.first_R[:-1], 0.0, np.inf)  # load, or infinite for a rank without a free slot
@@ -52,7 +53,11 @@ def build(s: State, count_E: Ints, order_E: Ints, connect: bool) -> None:
         s.size_E[e] = s.load_E[e] / count_E[e]
     for e in order_E:
         for i in range(count_E[e]):
-            r = _lightest(s, key_R, e, i > 0 and connect, above_R)
+            r = -1
+            if i == 0 and home_E[e] >= 0:
+                r = _lightest(s, np.where(node_R == home_E[e], key_R, np.inf), e, False, above_R)
+            if r < 0:
+                r = _lightest(s, key_R, e, i > 0 and connect, above_R)
             if r < 0:  # all ranks with room hold it already
                 break
             put(s, s.first_R[r] + used_R[r], e)

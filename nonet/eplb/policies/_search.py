@@ -29,8 +29,8 @@ from nonet.eplb.policies._state import (
 Bools = npt.NDArray[np.bool_]
 LEAST_GAIN = 1e-4  # of what the slowest rank has above `enough`: no step is for less
 LEAST_GAIN_OF_PAIRS = 0.1  # these take long to find
-REACH_OF_PAIRS = 0.01  # relative: what is further above `enough` is no question of finer steps
-CHOICES = 3  # changes of replicas that are kept, and tried with repair
+REACH_OF_PAIRS = 0.03  # relative: what is further above `enough` is no question of finer steps
+CHOICES = 4  # changes of replicas that are kept, and tried with repair
 
 
 class Changes(NamedTuple):
@@ -42,15 +42,15 @@ class Changes(NamedTuple):
 
 
 @jit
-def _search(s: State, enough: float, parts: int, most_steps: int) -> int:
-    """Improve until the slowest rank's time is at most `enough`, or nothing helps. Steps made."""
+def _search(s: State, enough: float, parts: int, most_steps: int, changes: Changes) -> int:
+    """Improve until the slowest rank's time is at most `enough`, or nothing helps at once; then `changes` are what
+    may help after repair, as many as are returned."""
     loose_G = np.ones(len(s.expert_G), np.bool_)
-    changes = no_changes()
     stale = parts > 0
-    for step in range(most_steps):
+    for _ in range(most_steps):
         hot = int(np.argmax(s.load_R))
         if s.load_R[hot] <= enough:
-            return step
+            return 0
         if stale:
             components(s, loose_G)
             stale = False
@@ -59,15 +59,14 @@ def _search(s: State, enough: float, parts: int, most_steps: int) -> int:
             stale = parts > 0 and (s.count_E[s.expert_G[g]] > 1 or s.count_E[s.expert_G[h]] > 1)
             swap(s, g, h)
             continue
+        stale = parts > 0
+        if s.load_R[hot] < enough * (1 + REACH_OF_PAIRS) and _swap_pairs(s, hot, enough, loose_G):
+            continue
         found = find_changes(s, hot, enough, parts, loose_G, changes)
         least = LEAST_GAIN * (s.load_R[hot] - enough) * (s.load_R[hot] - enough)
-        done = found > 0 and changes.value_I[0] < -least and _replaced(s, changes)
-        if not done and s.load_R[hot] < enough * (1 + REACH_OF_PAIRS):
-            done = _swap_pairs(s, hot, enough, loose_G)
-        if not done:
-            return step
-        stale = parts > 0
-    return most_steps
+        if found == 0 or changes.value_I[0] >= -least or not _replaced(s, changes):
+            return found
+    return 0
 
 
 @jit
@@ -226,21 +225,19 @@ def overload(s: State, enough: float) -> float:
 def improve(s: State, enough: float, parts: int, most_tries: int) -> int:
     """Search; where that ends, leave the dead end by a change of replicas that helps once the search has repaired what
     it did, the changes with the least overload at once first. Ends after most_tries repairs that were tried."""
-    changes = no_changes()
-    loose_G = np.ones(len(s.expert_G), np.bool_)
+    changes, latest = no_changes(), no_changes()
     before_G, worst, slowest = s.expert_G, np.inf, np.inf  # what a try must beat
     tries, found, at = 0, 0, 0
     while True:
-        _search(s, enough, parts, (2 if found else 40) * len(s.load_R))
+        more = _search(s, enough, parts, (2 if tries else 40) * len(s.load_R), latest)
         now = overload(s, enough)
         if now < worst * 0.999 and s.load_R.max() <= slowest:
             before_G, worst, slowest = s.expert_G.copy(), now, s.load_R.max()
             if now == 0 or tries >= most_tries:
                 return tries
-            if parts:
-                components(s, loose_G)
-            found = find_changes(s, int(np.argmax(s.load_R)), enough, parts, loose_G, changes)
-            at = 0
+            found, at = more, 0
+            changes.slot_I[:] = latest.slot_I
+            changes.expert_I[:] = latest.expert_I
         else:
             refill(s, before_G)
         if at == found:

@@ -10,57 +10,95 @@ Legend: L MoE layers, E experts, R ranks (live, with slots), G global slots.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
 from nonet.config.fleet import Fleet
-from nonet.eplb.bounds import lower_bound
 from nonet.eplb.plan import Problem
 from nonet.eplb.policies._adapt import adapt, connect, fill_best, rescue, resume, transfers
 from nonet.eplb.policies._build import build, orders, replicate
+from nonet.eplb.policies._nodes import gather, homes
 from nonet.eplb.policies._robust import refine
 from nonet.eplb.policies._search import improve
 from nonet.eplb.policies._state import EMPTY, Floats, Ints, State, components, empty, refill
 from nonet.errors import ConfigError
 
-# Imbalance above the proven bound that is good enough. A fresh plan, with 8 slots a rank or more; fewer are coarser.
-FRESH = 3.7e-4
+# Imbalance above the proven bound that is good enough under an even split. Of a fresh plan, with 8 slots a rank or
+# more; fewer are coarser. Where dispatch splits as it likes, the even split is only where it starts from.
+FRESH = {"even": 3.7e-4, "waterfill": 1e-3}
 # From a current placement: each transfer costs, and what is gained on the mean load is below what steps differ by.
-ADAPTED = {"even": 0.018, "waterfill": 0.05}
-MOST_STEPS, MOST_SWEEPS = 32, 10  # of the refinement on sampled steps
+ADAPTED = {"even": 0.016, "waterfill": 0.05}
+# Of a fresh plan that keeps expert groups on a node: below what steps differ by too, and enough to do so.
+GROUPED = 0.01
+MOST_STEPS, MOST_SWEEPS = 32, 10  # of the refinement on sampled steps; sweeps also of the node term
 MOST_GUARDED = 96  # ranks: with more, a fresh plan for an even split starts connected but is not kept so
+
+
+class _Ranks(NamedTuple):
+    """What can hold a replica: live ranks that have slots."""
+
+    slot_G: Ints  # the fleet's number of each usable slot, at most E on a rank
+    slots_R: Ints
+    cost_R: Floats  # 1 / speed
+    node_R: Ints  # numbered from 0
+    connected: bool  # replicas enough, or nearly, for all ranks to be joined by them
 
 
 def place(problem: Problem) -> npt.NDArray[np.int32]:
     """expert_LG for any fleet. Raises ConfigError where max_moves is too low to keep every expert alive."""
-    slot_G, slots_R, cost_R = _usable(problem.fleet, problem.load_LE.shape[1])
+    ranks = _usable(problem.fleet, problem.load_LE.shape[1])
     load_LE = _scaled(problem)
-    bound_L = lower_bound(load_LE, problem.fleet, problem.dispatch)
-    tolerance = _tolerance(problem, len(slot_G) / len(slots_R))
-    connected = 5 * (len(slot_G) - load_LE.shape[1]) >= 4 * (len(slots_R) - 1)  # or nearly: that is worth much, too
-    rows = []
-    if problem.current is None:
-        count_LE = replicate(load_LE, len(slot_G), len(slots_R))
-        order_LE = orders(load_LE, count_LE, connected)
-        for layer, steps_NE in enumerate(_grouped(problem)):
-            s = empty(load_LE[layer], cost_R, slots_R)
-            build(s, count_LE[layer], order_LE[layer], connected)
-            _improve(s, 1 + bound_L[layer] + tolerance, connected, problem, steps_NE)
-            rows.append(s.expert_G)
-    else:
-        order_LE = np.argsort(-load_LE, axis=1, kind="stable")
-        for layer, current_G in enumerate(problem.current.expert_LG[:, slot_G]):
-            s = empty(load_LE[layer], cost_R, slots_R)
-            was_RE = resume(s, current_G)
-            needed, cap = rescue(s, order_LE[layer]), len(slot_G) if problem.max_moves is None else problem.max_moves
-            if needed > cap:
-                remedy = f"layer {layer} needs at least {needed} transfers to keep every expert on a live rank"
-                raise ConfigError("max_moves", problem.max_moves, remedy)
-            _adapt(s, was_RE, 1 + bound_L[layer], tolerance, cap)
-            rows.append(np.where(s.expert_G == EMPTY, current_G, s.expert_G))
+    rows = (_fresh if problem.current is None else _from_current)(problem, ranks, load_LE)
     out_LG = np.zeros((len(load_LE), problem.fleet.num_slots), dtype=np.int32)
-    out_LG[:, slot_G] = rows
+    out_LG[:, ranks.slot_G] = rows
     _repeat(out_LG, problem)
+    return out_LG
+
+
+def _fresh(problem: Problem, ranks: _Ranks, load_LE: Floats) -> list[Ints]:
+    count_LE = replicate(load_LE, len(ranks.slot_G), len(ranks.slots_R))
+    order_LE = orders(load_LE, count_LE, ranks.connected)
+    enough_L = 1 + problem.bound_L + _tolerance(problem, ranks)
+    rows = []
+    for layer, steps_NE in enumerate(_grouped(problem)):
+        s = empty(load_LE[layer], ranks.cost_R, ranks.slots_R)
+        home_E = homes(s.load_E, ranks.node_R, ranks.slots_R, problem.num_groups)
+        build(s, count_LE[layer], order_LE[layer], ranks.node_R, home_E, ranks.connected)
+        _improve(s, enough_L[layer], ranks.connected, problem, steps_NE)
+        if ranks.node_R.any():
+            gather(s, ranks.node_R, home_E, ranks.connected, max(enough_L[layer], s.load_R.max()), MOST_SWEEPS)
+        rows.append(s.expert_G)
+    return rows
+
+
+def _from_current(problem: Problem, ranks: _Ranks, load_LE: Floats) -> list[Ints]:
+    cap = len(ranks.slot_G) if problem.max_moves is None else problem.max_moves
+    order_LE = np.argsort(-load_LE, axis=1, kind="stable")
+    tolerance = _tolerance(problem, ranks)
+    rows = []
+    for layer, current_G in enumerate(_current(problem)[:, ranks.slot_G]):
+        s = empty(load_LE[layer], ranks.cost_R, ranks.slots_R)
+        was_RE = resume(s, current_G)
+        needed = rescue(s, order_LE[layer])
+        if needed > cap:
+            remedy = f"layer {layer} needs at least {needed} transfers to keep every expert on a live rank"
+            raise ConfigError("max_moves", problem.max_moves, remedy)
+        _adapt(s, was_RE, 1 + problem.bound_L[layer], tolerance, cap)
+        rows.append(np.where(s.expert_G == EMPTY, current_G, s.expert_G))
+    return rows
+
+
+def _current(problem: Problem) -> npt.NDArray[np.int32]:
+    """expert_LG as it is, but on ranks with more slots than experts the repeated ones last."""
+    assert problem.current is not None
+    out_LG, first = problem.current.expert_LG.astype(np.int32), problem.fleet.first_slot
+    for rank, slots in enumerate(problem.fleet.slots_by_rank):
+        if slots > problem.load_LE.shape[1]:
+            for own_S in out_LG[:, first[rank] : first[rank + 1]]:
+                seen = np.sort(np.unique(own_S, return_index=True)[1])
+                own_S[:] = np.concatenate([own_S[seen], np.delete(own_S, seen)])
     return out_LG
 
 
@@ -77,7 +115,7 @@ def _improve(s: State, enough: float, connected: bool, problem: Problem, steps_N
         connect(s, s.held_RE.copy(), enough, len(s.expert_G), 0.0)
     if len(steps_NE) > 1:
         refine(s, steps_NE, connected, MOST_SWEEPS)
-        if problem.tolerance is not None:
+        if problem.tolerance is not None:  # asked for by name, so the mean must be within it
             improve(s, enough, components(s, loose_G) if connected else 0, 0)
 
 
@@ -116,18 +154,27 @@ def _grouped(problem: Problem) -> Floats:
     return np.ascontiguousarray(scaled_NLE.swapaxes(0, 1))
 
 
-def _usable(fleet: Fleet, experts: int) -> tuple[Ints, Ints, Floats]:
-    """(slot_G, slots_R, cost_R): slots that can hold a replica each, how many a rank has, and 1 / speed."""
+def _usable(fleet: Fleet, experts: int) -> _Ranks:
     ranks = [rank for rank in fleet.live_ranks if fleet.slots_by_rank[rank]]
     slots_R = np.array([min(fleet.slots_by_rank[rank], experts) for rank in ranks])
     slot_G = np.concatenate([fleet.first_slot[r] + np.arange(n) for r, n in zip(ranks, slots_R, strict=True)])
-    return slot_G, slots_R, np.array([1 / fleet.speeds[rank] for rank in ranks])
+    nodes = list(dict.fromkeys(fleet.nodes[rank] for rank in ranks))
+    return _Ranks(
+        slot_G=slot_G,
+        slots_R=slots_R,
+        cost_R=np.array([1 / fleet.speeds[rank] for rank in ranks]),
+        node_R=np.array([nodes.index(fleet.nodes[rank]) for rank in ranks]),
+        connected=5 * (len(slot_G) - experts) >= 4 * (len(ranks) - 1),
+    )
 
 
-def _tolerance(problem: Problem, slots_a_rank: float) -> float:
+def _tolerance(problem: Problem, ranks: _Ranks) -> float:
     if problem.tolerance is not None:
         return problem.tolerance
-    fresh = FRESH * max(1.0, 7 / max(slots_a_rank - 1, 0.5)) ** 1.65
+    if problem.num_groups is not None and ranks.node_R.any() and problem.current is None:
+        return GROUPED
+    slots_a_rank = len(ranks.slot_G) / len(ranks.slots_R)
+    fresh = FRESH[problem.dispatch] * max(1.0, 7 / max(slots_a_rank - 1, 0.5)) ** 1.65
     return fresh if problem.current is None else max(fresh, ADAPTED[problem.dispatch])
 
 

@@ -6,6 +6,8 @@ N blocks of the longest context.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from numba import njit
@@ -15,6 +17,8 @@ from nonet.kernels.cpu import view
 from nonet.kernels.cpu.scalar import FAST, exp, f32, for_types, jit, put
 
 _NO_NORM = np.float32(-1)
+_NO_SINKS = np.empty(0, np.float32)
+_ALL = 1 << 62  # no context is longer
 
 
 def place_qkv(
@@ -47,10 +51,19 @@ def decode(
     length_B: Tensor,
     block_size: int,
     out_BHd: Tensor,
+    window: int | None = None,
+    chunk: int | None = None,
+    sink_H: Tensor | None = None,
+    scale: float | None = None,
 ) -> None:
-    """Into out: each sequence's one token attends to its context, the first length_B places of its blocks."""
+    """Into out: each sequence's one token attends to its context, the first length_B places of its blocks.
+
+    window, chunk, sink_H (float32) and scale are those of `layers.attention.Sight`.
+    """
     blocks = view(block_BN), view(length_B), block_size
-    _decode(view(q_BHd), view(cache[0]), view(cache[1]), *blocks, view(out_BHd))
+    sight = window or _ALL, chunk or _ALL, _NO_SINKS if sink_H is None else view(sink_H)
+    factor = 1 / math.sqrt(q_BHd.shape[2]) if scale is None else scale
+    _decode(view(q_BHd), view(cache[0]), view(cache[1]), *blocks, *sight, factor, view(out_BHd))
 
 
 @jit(
@@ -99,11 +112,12 @@ def _widen(cache, block, size, head, first, end, rows):
 
 
 @njit(fastmath=FAST, inline="always")
-def _softmax(score):
-    top = np.float32(-np.inf)
+def _softmax(score, sink):
+    """Of the scores and one more that is dropped; -inf for none."""
+    top = sink
     for c in range(len(score)):
         top = max(top, score[c])
-    mass = np.float32(0)
+    mass = exp(sink - top) if sink > np.float32(-np.inf) else np.float32(0)
     for c in range(len(score)):
         score[c] = exp(score[c] - top)
         mass += score[c]
@@ -111,22 +125,27 @@ def _softmax(score):
         score[c] /= mass
 
 
-@jit(*for_types("void(T[:,:,::1], T[:,:,::1], T[:,:,::1], int64[:,::1], int64[::1], int64, T[:,:,::1])"))
-def _decode(q, keys, values, blocks, length, size, out):
+@jit(
+    *for_types(
+        "void(T[:,:,::1], T[:,:,::1], T[:,:,::1], int64[:,::1], int64[::1], int64, int64, int64, float32[::1],"
+        " float32, T[:,:,::1])"
+    )
+)
+def _decode(q, keys, values, blocks, length, size, window, chunk, sink, factor, out):
     B, H, d = q.shape
     h = keys.shape[1]
     G = H // h  # query heads that share a KV head
-    factor = np.float32(1) / np.sqrt(np.float32(d))
     query, total = np.empty((G, d), np.float32), np.empty((G, d), np.float32)
     rows = np.empty((4, d), np.float32)
     weight = np.empty((G, blocks.shape[1] * size + 3), np.float32)
     for b in range(B):
         C = length[b]
+        seen = max(C - window, (C - 1) // chunk * chunk, 0)  # the first position that is
         for shared in range(h):
             for g in range(G):
                 for i in range(d):
                     query[g, i] = f32(q[b, shared * G + g, i]) * factor
-            for first in range(0, C, 4):  # four keys or values at a time: sums and queries are loaded once for them
+            for first in range(seen, C, 4):  # four keys or values at a time: sums and queries are loaded once for them
                 _widen(keys, blocks[b], size, shared, first, C, rows)
                 for g in range(G):
                     s0, s1, s2, s3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
@@ -138,10 +157,10 @@ def _decode(q, keys, values, blocks, length, size, out):
                     weight[g, first], weight[g, first + 1] = s0, s1
                     weight[g, first + 2], weight[g, first + 3] = s2, s3
             for g in range(G):
-                _softmax(weight[g, :C])
+                _softmax(weight[g, seen:C], sink[shared * G + g] if len(sink) else np.float32(-np.inf))
                 weight[g, C : C + 3] = np.float32(0)
             total[:] = np.float32(0)
-            for first in range(0, C, 4):
+            for first in range(seen, C, 4):
                 _widen(values, blocks[b], size, shared, first, C, rows)
                 for g in range(G):
                     w0, w1, w2, w3 = weight[g, first], weight[g, first + 1], weight[g, first + 2], weight[g, first + 3]

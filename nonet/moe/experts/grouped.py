@@ -1,7 +1,8 @@
 """Expert kernel of plain PyTorch: two matrix products for each slot that got tokens.
 
 The default on CPUs, and on GPUs until a fused kernel is chosen; reads the counts on the host. On CPUs few rows a slot
-take other ways to the same products: one batch over all slots, or with very few a compiled kernel.
+take other ways to the same products: one batch over all slots, or with very few a compiled kernel. Weights in FP8
+become numbers of the model's type at use, a slot at a time; biases and other activations take the plain way too.
 Legend: see moe/base.py; C rows of a slot, padded.
 """
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from nonet.kernels import cpu
 from nonet.moe.base import Dispatched, Experts, Takes, sum_pairs
+from nonet.moe.experts.reference import activate
 from nonet.weights.slots import SlotWeights
 
 MOST_PADDED = 96  # rows a slot beyond which a product for each slot is as fast
@@ -32,7 +34,7 @@ class Grouped:
 
     def __call__(self, sent: Dispatched, weights: SlotWeights, takes: Takes) -> Tensor:
         counts = sent.count_S.tolist()
-        if not cpu.handles(sent.x_ND):
+        if not (cpu.handles(sent.x_ND) and weights.plain):
             y_MD = _each(sent, weights, counts)
             return y_MD if takes == "pairs" else sum_pairs(y_MD, sent).to(y_MD.dtype)
         from nonet.kernels.cpu import rows
@@ -49,8 +51,10 @@ def _each(sent: Dispatched, weights: SlotWeights, counts: list[int]) -> Tensor:
     for slot, count in enumerate(counts):
         if count:
             own = slice(start, start + count)
-            gate, up = F.linear(x_MD[own], weights.gate_up[slot]).chunk(2, dim=-1)
-            y_MD[own] = F.linear(F.silu(gate) * up, weights.down[slot])
+            gate_up, down = weights.matrices(slot, x_MD.dtype)
+            gate_up_bias, down_bias = weights.biases(slot)
+            act_CI = activate(F.linear(x_MD[own], gate_up, gate_up_bias), weights.activation)
+            y_MD[own] = F.linear(act_CI, down, down_bias)
             start += count
     return y_MD
 

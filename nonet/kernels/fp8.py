@@ -1,0 +1,67 @@
+"""Weights in 8-bit floats with a float32 factor for each block, as DeepSeek-V3's checkpoints hold them.
+
+Section 3.3 of its report (arXiv:2412.19437): e4m3, blocks of 128 x 128, weight = number * factor. Plain PyTorch and
+the specification; used by the loader, the expert kernels and `nonet quantize`.
+Legend: N rows, K columns, b the side of a block, n and k blocks that rows and columns touch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FP8 = torch.float8_e4m3fn
+LARGEST = 448.0  # that e4m3 holds
+_LEAST = 2.0**-100  # a block of zeros still gets a factor that can be divided by
+
+
+def quantize(weight_NK: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """(e4m3 [N, K], float32 factors [n, k]): the largest number of each block becomes 448.
+
+    Raises ValueError if a number is not finite.
+    """
+    N, K = weight_NK.shape
+    out = torch.empty((N, K), dtype=FP8, device=weight_NK.device)
+    scale_nk = torch.empty((-(-N // block), -(-K // block)), device=weight_NK.device)
+    over = -K % block
+    for n in range(len(scale_nk)):
+        rows = slice(n * block, (n + 1) * block)
+        part_bkb = torch.nn.functional.pad(weight_NK[rows].float(), (0, over)).unflatten(1, (-1, block))
+        scale_nk[n] = part_bkb.abs().amax(dim=(0, 2)).clamp(min=_LEAST) / LARGEST
+        part_bkb = (part_bkb / scale_nk[n].unsqueeze(1)).clamp(-LARGEST, LARGEST)
+        out[rows] = part_bkb.flatten(1)[:, :K].to(FP8)
+    if not scale_nk.isfinite().all():
+        raise ValueError("a number is not finite")
+    return out, scale_nk
+
+
+def dequantize(
+    weight_NK: Tensor,
+    scale_nk: Tensor,
+    block: int,
+    dtype: torch.dtype,
+    *,
+    first: tuple[int, int] = (0, 0),
+    out: Tensor | None = None,
+) -> Tensor:
+    """[N, K] in `dtype`: the product is taken in float32 and rounded once.
+
+    `first` is where row 0 and column 0 lie in their blocks: a part of a weight need not begin with a block. Factors of
+    blocks further down than the rows go are let be.
+    """
+    N, K = weight_NK.shape
+    out = torch.empty((N, K), dtype=dtype, device=weight_NK.device) if out is None else out
+    start = 0
+    for scale_k in scale_nk:
+        if start == N:
+            break
+        end = min(N, start + block - (first[0] if start == 0 else 0))
+        scale_K = scale_k.repeat_interleave(block)[first[1] : first[1] + K]
+        out[start:end] = weight_NK[start:end].float().mul_(scale_K)
+        start = end
+    return out
+
+
+def blocks_of(span: tuple[int, int], block: int) -> tuple[int, int]:
+    """The blocks that a span touches, first and last + 1."""
+    return span[0] // block, -(-span[1] // block)
