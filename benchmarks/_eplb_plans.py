@@ -105,6 +105,7 @@ def milliseconds(shape: Shape, repeats: int) -> list[Row]:
     )
     connected = [took(name, 32, 288, "nonet", "waterfill") for name in SUITE]
     rows.append(Row("G3", "32/288 for waterfill, median of 11", median(connected), 7, unit="ms"))
+    rows.append(Row("G3", "32/288 even on 2 threads / on 1, elapsed", _two_threads(shape, repeats), 0.65, unit="x"))
     for ranks, slots in ((72, 288), (72, 360), (144, 432)):
         rows.append(Row("G3", f"{ranks}/{slots} even, r1like", took("r1like", ranks, slots, "nonet"), 50, unit="ms"))
     for policy in ("deepseek", "trtllm"):
@@ -112,6 +113,20 @@ def milliseconds(shape: Shape, repeats: int) -> list[Row]:
         rows.append(Row("G3", f"32/288 {policy}'s rule (ours, compiled), median of 11", median(other), unit="ms"))
         rows.append(Row("G3", f"32/288 nonet / {policy}", median(own.values()) / median(other), unit="x"))
     return rows
+
+
+def _two_threads(shape: Shape, repeats: int) -> float:
+    """Elapsed time over the suite, two threads over one, in turn; the median of their ratios."""
+    ratios = []
+    for name in SUITE:
+        load, took = load_of(name, shape, 0), {1: [], 2: []}
+        for _ in range(2 * repeats):
+            for threads in took:
+                begin = time.perf_counter()
+                plan(load, Fleet.even(32, 288), threads=threads)
+                took[threads].append(time.perf_counter() - begin)
+        ratios.append(median(took[2]) / median(took[1]))
+    return median(ratios)
 
 
 def advice(seeds: int, shape: Shape) -> list[Row]:

@@ -45,7 +45,7 @@ def test_help_names_every_command(cli):
     commands = re.search(r"Commands:\n((?:  .*\n)+)", out)
     assert commands is not None
     named = re.findall(r"^  (\w+)", commands[1], re.MULTILINE)
-    assert named == ["serve", "generate", "bench", "demo", "config", "eplb"]
+    assert named == ["serve", "generate", "bench", "demo", "quantize", "models", "config", "eplb"]
 
 
 def test_no_arguments_shows_help(cli, monkeypatch):
@@ -53,7 +53,7 @@ def test_no_arguments_shows_help(cli, monkeypatch):
     assert cli() == cli("--help")
 
 
-@pytest.mark.parametrize("command", ["serve", "generate", "bench", "demo", "config", "eplb"])
+@pytest.mark.parametrize("command", ["serve", "generate", "bench", "demo", "quantize", "models", "config", "eplb"])
 def test_help_of_a_command(cli, command):
     code, out, err = cli(command, "--help")
     assert (code, err) == (0, "")

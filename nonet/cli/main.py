@@ -191,6 +191,17 @@ def parse_settings(pairs: list[str]) -> list[Said]:
     return settings
 
 
+@_cli.command(short_help="List the model families, or say which one serves a checkpoint.")
+def models(
+    model: Annotated[str | None, typer.Argument(help="Folder of a checkpoint, or a shipped model's name.")] = None,
+) -> None:
+    """List the model families and what each does, or say which one serves a checkpoint, if any does."""
+    from nonet.cli.models import listing, served
+
+    lines = [served(model)] if model else listing(int(os.environ.get("COLUMNS") or 100))
+    typer.echo("\n".join(lines))
+
+
 @_cli.command(short_help="Print every setting with its help text and default.")
 def config() -> None:
     """Print every setting with its help text and default, as YAML that `load_config` reads."""

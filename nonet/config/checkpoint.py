@@ -152,7 +152,7 @@ def fp8_block(path: Path, raw: dict[str, Any]) -> int | None:
 
     check(isinstance(given, dict), "", given, plain)
     method, block = given.get("quant_method"), given.get("weight_block_size")
-    bfloat16 = "; save it in bfloat16 first: Mxfp4Config(dequantize=True) of transformers" if method == "mxfp4" else ""
+    bfloat16 = "; save it in bfloat16 first, as docs/models.md says" if method == "mxfp4" else ""
     check(method == "fp8", ".quant_method", method, plain + bfloat16)
     check(given.get("fmt", "e4m3") == "e4m3", ".fmt", given.get("fmt"), "e4m3")
     scheme = given.get("activation_scheme", "dynamic")

@@ -55,6 +55,8 @@ class Client(FrontEnd):
         self._switchboard: Switchboard | None = None
         payload = {"config": config.model_dump(), "name": self._name}
         compiled = ["nonet.kernels.cpu.every"] if config.parallel.device == "cpu" else []
+        if config.moe.load_balancer.replica_dispatch != "even":
+            compiled.append("nonet.eplb.every")
         self._node = Node("nonet.engine.core:main", config.world_size, payload, rank_environment(config), compiled)
         self._leash = weakref.finalize(self, self._node.close)
         self._watcher = threading.Thread(target=self._watch, daemon=True, name="nonet-watch")

@@ -58,12 +58,16 @@ class Placement:
         return [int(e) for e in self.expert_LG[layer, first[rank] : first[rank + 1]]]
 
     def replicas(self, layer: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """(slot_EC, count_E): the slots of each expert in ascending order, and how many; unused entries repeat."""
+        """(slot_EC, count_E): the slots of each expert in ascending order, and how many; unused entries repeat.
+
+        Slots of dead ranks are none; on live ranks every expert has one.
+        """
+        live = ~np.isin(self.rank_of_slot(), list(self.fleet.dead_ranks))
         row = self.expert_LG[layer]
-        count = np.bincount(row, minlength=self.num_experts)
+        count = np.bincount(row[live], minlength=self.num_experts)
         slot = np.zeros((self.num_experts, int(count.max())), dtype=np.int64)
         for expert in range(self.num_experts):
-            own = np.flatnonzero(row == expert)
+            own = np.flatnonzero((row == expert) & live)
             slot[expert] = own[np.arange(slot.shape[1]) % len(own)]
         return slot, count.astype(np.int64)
 

@@ -8,8 +8,10 @@ Legend: N sampled steps, L MoE layers, E experts, R ranks, G global slots.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +41,9 @@ class Problem:
     max_moves: int | None
     tolerance: float | None
     num_groups: int | None
+
+
+Policy = Callable[[Problem], npt.NDArray[np.int32]]  # expert_LG
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ def plan(
     max_moves: int | None = None,
     tolerance: float | None = None,
     num_groups: int | None = None,
+    threads: int = 1,
 ) -> Plan:
     """Place experts on a fleet for a load: [L, E] tokens by expert, or sampled steps [N, L, E].
 
@@ -82,8 +88,14 @@ def plan(
     max_moves: most (rank, expert) pairs to load a layer, a hard cap.
     tolerance: imbalance above the proven bound that is good enough; left out, the policy's own.
     num_groups: groups of consecutive experts of which the router picks few; kept on a node where the fleet has several.
-    The result is a function of the arguments alone: no randomness, no threads. Raises ConfigError naming the argument.
+    threads: that share the layers, which are planned independently of each other.
+    The result is a function of the other arguments alone: no randomness. Raises ConfigError naming the argument.
     """
+    if threads != 1:
+        options = dict(
+            policy=policy, dispatch=dispatch, max_moves=max_moves, tolerance=tolerance, num_groups=num_groups
+        )
+        return _shared(load, fleet, current, threads, options)
     name = "nonet" if policy == "default" else policy
     place = _policy(name)
     problem = _problem(load, fleet, dispatch, current, max_moves, tolerance, num_groups)
@@ -98,10 +110,40 @@ def plan(
     )
 
 
+def _shared(
+    load: npt.ArrayLike, fleet: Fleet, current: Placement | None, threads: int, options: dict[str, Any]
+) -> Plan:
+    """As `plan`: every thread plans consecutive layers."""
+    samples = np.asarray(load)
+    layers = samples.shape[-2] if samples.ndim in (2, 3) else 0
+    if not 1 <= threads <= layers:
+        raise ConfigError("threads", threads, f"1 to {layers}, the number of layers")
+
+    def part(number: int) -> Plan:
+        own = slice(layers * number // threads, layers * (number + 1) // threads)
+        given = None if current is None else replace(current, expert_LG=current.expert_LG[own])
+        return plan(samples[..., own, :], fleet, current=given, **options)
+
+    try:
+        with ThreadPoolExecutor(threads - 1) as pool:
+            waiting = [pool.submit(part, number) for number in range(1, threads)]
+            plans = [part(0), *(one.result() for one in waiting)]
+    except ConfigError:
+        return plan(load, fleet, current=current, **options)  # which raises it again, with the layer's own number
+    expert_LG = np.concatenate([one.placement.expert_LG for one in plans])
+    return replace(
+        plans[0],
+        placement=replace(plans[0].placement, expert_LG=expert_LG),
+        imbalance_L=np.concatenate([one.imbalance_L for one in plans]),
+        bound_L=np.concatenate([one.bound_L for one in plans]),
+        moves_L=np.concatenate([one.moves_L for one in plans]),
+    )
+
+
 @cache
-def _policy(name: str) -> Callable[[Problem], npt.NDArray[np.int32]]:
+def _policy(name: str) -> Policy:
     """Found once: listing the folder takes as long as some plans."""
-    place: Callable[[Problem], npt.NDArray[np.int32]] = plugins.load(POLICIES, name, "policy").place
+    place: Policy = plugins.load(POLICIES, name, "policy").place
     return place
 
 

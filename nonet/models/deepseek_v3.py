@@ -76,13 +76,13 @@ def routing_rule(spec: ModelSpec, bias_E: Tensor | None) -> Rule:
     require(spec, scoring in ("softmax", "sigmoid"), "scoring_func", scoring, "softmax, sigmoid")
     require(spec, method in ("greedy", *_BEST), "topk_method", method, ", ".join(("greedy", *_BEST)))
     alone = not (renormalise and _is_v2(spec) and told["routed_scaling_factor"] != 1)  # their authors do one or both
-    require(spec, alone, "norm_topk_prob", renormalise, "false, with a routed_scaling_factor other than 1")
+    require(spec, alone, "norm_topk_prob", renormalise, "false where routed_scaling_factor is not 1")
     return scored_topk(
         spec.top_k,
         scoring,
         bias_E=bias_E,
         groups=_groups(spec, _BEST[method]) if method in _BEST else None,
-        renormalise=bool(renormalise) and spec.top_k > 1,
+        renormalise=bool(renormalise),
         scale=float(told["routed_scaling_factor"]),
     )
 

@@ -1,6 +1,7 @@
 """gpt-oss (20b, 120b) in bfloat16: sinks, every other layer over a sliding window, biases, clamped activation, YaRN.
 
-After Hugging Face's `GptOssForCausalLM`. The released checkpoints hold MXFP4, which is not read.
+After Hugging Face's `GptOssForCausalLM`. The released checkpoints hold MXFP4, which is not read:
+transformers saves them in bfloat16. Nor is FP8, where experts are fused.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ def check(spec: ModelSpec) -> None:
     require(spec, not needed or (isinstance(window, int) and window > 0), "sliding_window", window, "a positive count")
     for key, value in (("swiglu_alpha", ALPHA), ("swiglu_limit", LIMIT)):
         require(spec, raw.get(key, value) == value, key, raw.get(key), str(value))
+    quantized = raw.get("quantization_config") or {}
+    remedy = "none; save it in bfloat16 first, as docs/models.md says"
+    require(spec, not quantized, "quantization_config.quant_method", quantized.get("quant_method"), remedy)
     rope = raw.get("rope_scaling") or raw.get("rope_parameters")
     require(spec, bool(rope), "rope_parameters", rope, "the family's, given in full")
 

@@ -1,7 +1,8 @@
 """Llama 4 (Scout, Maverick), the text part: attention in chunks and without positions, top-1 experts, a shared one.
 
 After Hugging Face's `Llama4ForCausalLM`; of `Llama4ForConditionalGeneration` the language model is served, and images
-are not. The router's sigmoid scales what an expert gets, so that one expert a token is all there can be.
+are not. The router's sigmoid scales what an expert gets, so that one expert a token is all there can be. FP8 is not
+read: experts are fused.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class Model(Decoder):
 def check(spec: ModelSpec) -> None:
     """Raise ModelError for what config.json asks for and is not done here."""
     require(spec, spec.top_k == 1, "num_experts_per_tok", spec.top_k, "1: a score scales what its expert gets")
-    turned_layers(spec)
+    quantized = spec.raw.get("quantization_config")
+    require(spec, not quantized, "quantization_config", quantized, "none: fused experts are read as plain numbers")
     known = {_CHUNKED, _FULL}
     kinds = attention_types(spec)
     require(spec, set(kinds) <= known, "layer_types", kinds, ", ".join(sorted(known)))

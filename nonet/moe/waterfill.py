@@ -65,7 +65,7 @@ class ByStep:
         count_RE = self._gather(_counts(expert_TK, replicas)).numpy()
         total_1E = count_RE.sum(axis=0, keepdims=True)
         tokens_1G = slot_tokens(total_1E, self._fill.solve(total_1E), replicas)
-        return spread(expert_TK, quotas(count_RE, tokens_1G[0], replicas, 0)[self.rank], replicas)
+        return spread(expert_TK, quotas(count_RE, tokens_1G[0], replicas, 0, rank=self.rank), replicas)
 
 
 class ByAverageLookups:

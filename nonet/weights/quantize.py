@@ -73,7 +73,10 @@ def quantize_folder(
     Other files, as the tokenizer's, are copied. Nothing is left behind if it fails. Raises ConfigError for folders that
     will not do, ModelError for a checkpoint that is broken, quantized already, or has no experts of two dimensions.
     """
-    folder = find_folder(source)
+    try:
+        folder = find_folder(source)
+    except ConfigError as error:
+        raise ConfigError("SRC", source, error.remedy) from error
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError("DST", str(target), "is there already; give a new or an empty folder")
     config = read_json(folder / "config.json")
@@ -89,7 +92,8 @@ def quantize_folder(
         partial.chmod(0o755)
         partial.replace(target)
     except OSError as error:
-        raise ConfigError("DST", str(target), f"cannot be written: {error.strerror or error}") from error
+        where = f" ({error.filename})" if error.filename else ""
+        raise ConfigError("DST", str(target), f"cannot be written: {error.strerror or error}{where}") from error
     finally:
         checkpoint.close()
         if partial is not None:

@@ -316,3 +316,18 @@ def test_default_means_nonet():
 def test_the_planner_needs_no_torch():
     script = "import sys, nonet.eplb.plan, nonet.eplb.policies.nonet; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_threads_share_the_layers_and_change_nothing():
+    load = np.random.default_rng(5).lognormal(0, 1, (7, 24))
+    fleet = Fleet.even(4, 28)
+    for asked in ({}, {"dispatch": "waterfill"}, {"current": Placement.contiguous(7, 24, 4, 28), "max_moves": 3}):
+        alone, shared = (plan(load, fleet, threads=threads, **asked) for threads in (1, 3))
+        assert np.array_equal(alone.placement.expert_LG, shared.placement.expert_LG)
+        for name in ("imbalance_L", "bound_L", "moves_L"):
+            assert np.array_equal(getattr(alone, name), getattr(shared, name))
+    with pytest.raises(ConfigError, match="threads = 8: 1 to 7"):
+        plan(load, fleet, threads=8)
+    dead = Fleet((7, 7, 7, 7), dead_ranks=frozenset({3}))
+    with pytest.raises(ConfigError, match="slots on live ranks"):
+        plan(load, dead, threads=2)

@@ -117,7 +117,7 @@ def test_tokens_equal_transformers(case, folder_of):
     if case.replicas:
         settings |= replicated(path, tp * dp)
     with LLM(
-        str(path), tensor_parallel_size=tp, data_parallel_size=dp, block_size=BLOCK, num_blocks=24,
+        str(path), dtype="float32", tensor_parallel_size=tp, data_parallel_size=dp, block_size=BLOCK, num_blocks=24,
         max_num_batched_tokens=BUDGET, max_num_seqs=6, **settings,
     ) as llm:  # fmt: skip
         first = prompts(read_spec(str(path)).vocab_size, [1, 3, 17, 40, 70, 33, 64, 9] * (1 + (dp > 1)))

@@ -100,10 +100,10 @@ def test_experts_and_linear_layers_are_quantized_and_all_else_is_kept(
 
 
 def test_no_file_is_larger_than_asked_for(source, tmp_path):
-    quantize_folder(str(source), tmp_path / "target", block=BLOCK, shard_bytes=7000)
+    quantize_folder(str(source), tmp_path / "target", block=BLOCK, shard_bytes=11000)
     sizes = [sum(t.nbytes for t in load_file(path).values()) for path in (tmp_path / "target").glob("*.safetensors")]
     assert len(sizes) > 2
-    assert max(sizes) <= 7000
+    assert max(sizes) <= 11000
 
 
 def test_what_lies_beside_is_copied_but_not_other_forms_of_the_weights(source, tmp_path):
@@ -179,7 +179,7 @@ def test_an_interrupt(source, tmp_path):
 
 
 def test_no_such_source(tmp_path):
-    refused(tmp_path / "nowhere", tmp_path / "target", ConfigError, "model = .*nowhere': no such folder")
+    refused(tmp_path / "nowhere", tmp_path / "target", ConfigError, "SRC = .*nowhere': no such folder")
 
 
 def test_a_source_that_is_quantized_already(source, tmp_path):

@@ -6,10 +6,12 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer
 
 from nonet import LLM, SamplingParams
 from nonet.config.checkpoint import SHIPPED
+from nonet.weights.loader import Checkpoint
 from nonet.weights.quantize import quantize_folder
 
 WINDOW, STRIDE = 2048, 1024
@@ -61,7 +63,7 @@ def test_a_piece_of_each_kind_costs_less_than_one_percent(quantized):
     texts = [stream(kind)[:500] for kind in kinds]
     before, after = (sum(measure(folder, texts)) for folder in ("nonet-tiny", quantized))
     print(
-        f"bits of {sum(map(len, texts))} tokens: {before:.1f} in bfloat16, {after:.1f} in FP8: {after / before - 1:+.4%}"
+        f"{sum(map(len, texts))} tokens: {before:.1f} bits in bfloat16, {after:.1f} in FP8, {after / before - 1:+.3%}"
     )
     assert before != after, "else nothing was quantized"
     assert after < 1.01 * before
@@ -78,3 +80,22 @@ def test_all_held_out_text_costs_less_than_one_percent(quantized, dtype):
         print(f"{kind}: {was / size:.4f} -> {now / size:.4f} bits per byte, {now / was - 1:+.3%}")
     print(f"all, {dtype}: {sum(after) / sum(before) - 1:+.4%}")
     assert sum(after) < 1.01 * sum(before)
+
+
+def test_transformers_reads_the_same_numbers(quantized):
+    """The format is the one others know: on CPUs it dequantizes to bfloat16 while loading."""
+    from transformers import AutoModelForCausalLM
+
+    layer = AutoModelForCausalLM.from_pretrained(quantized, dtype=torch.bfloat16).model.layers[3]
+    checkpoint = Checkpoint(quantized, torch.bfloat16, torch.device("cpu"))
+    prefix = "model.layers.3"
+    assert checkpoint.is_fp8(f"{prefix}.self_attn.o_proj.weight")
+    assert torch.equal(layer.self_attn.o_proj.weight, checkpoint.read(f"{prefix}.self_attn.o_proj.weight"))
+    assert torch.equal(layer.mlp.gate.weight, checkpoint.read(f"{prefix}.mlp.gate.weight"))
+    for expert in (0, 31):
+        gate, up, down = (
+            checkpoint.read(f"{prefix}.mlp.experts.{expert}.{n}_proj.weight") for n in ("gate", "up", "down")
+        )
+        assert torch.equal(layer.mlp.experts.gate_up_proj[expert], torch.cat([gate, up]))
+        assert torch.equal(layer.mlp.experts.down_proj[expert], down)
+    checkpoint.close()

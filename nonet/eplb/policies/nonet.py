@@ -18,9 +18,9 @@ import numpy.typing as npt
 from nonet.config.fleet import Fleet
 from nonet.eplb.plan import Problem
 from nonet.eplb.policies._adapt import adapt, connect, fill_best, rescue, resume, transfers
-from nonet.eplb.policies._build import build, orders, replicate
-from nonet.eplb.policies._nodes import gather, homes
-from nonet.eplb.policies._robust import refine
+from nonet.eplb.policies._build import orders, replicate
+from nonet.eplb.policies._fresh import Wanted, fresh
+from nonet.eplb.policies._nodes import homes
 from nonet.eplb.policies._search import improve
 from nonet.eplb.policies._state import EMPTY, Floats, Ints, State, components, empty, refill
 from nonet.errors import ConfigError
@@ -32,8 +32,7 @@ FRESH = {"even": 3.7e-4, "waterfill": 1e-3}
 ADAPTED = {"even": 0.016, "waterfill": 0.05}
 # Of a fresh plan that keeps expert groups on a node: below what steps differ by too, and enough to do so.
 GROUPED = 0.01
-MOST_STEPS, MOST_SWEEPS = 32, 10  # of the refinement on sampled steps; sweeps also of the node term
-MOST_GUARDED = 96  # ranks: with more, a fresh plan for an even split starts connected but is not kept so
+MOST_STEPS = 32  # groups of sampled steps that a fresh plan is refined on
 
 
 class _Ranks(NamedTuple):
@@ -50,30 +49,29 @@ def place(problem: Problem) -> npt.NDArray[np.int32]:
     """expert_LG for any fleet. Raises ConfigError where max_moves is too low to keep every expert alive."""
     ranks = _usable(problem.fleet, problem.load_LE.shape[1])
     load_LE = _scaled(problem)
-    rows = (_fresh if problem.current is None else _from_current)(problem, ranks, load_LE)
     out_LG = np.zeros((len(load_LE), problem.fleet.num_slots), dtype=np.int32)
-    out_LG[:, ranks.slot_G] = rows
+    out_LG[:, ranks.slot_G] = (_fresh if problem.current is None else _from_current)(problem, ranks, load_LE)
     _repeat(out_LG, problem)
     return out_LG
 
 
-def _fresh(problem: Problem, ranks: _Ranks, load_LE: Floats) -> list[Ints]:
+def _fresh(problem: Problem, ranks: _Ranks, load_LE: Floats) -> Ints:
+    wanted = Wanted(
+        cost_R=ranks.cost_R,
+        slots_R=ranks.slots_R,
+        node_R=ranks.node_R,
+        connected=ranks.connected,
+        for_waterfill=problem.dispatch == "waterfill",
+        strict=problem.tolerance is not None,
+    )
     count_LE = replicate(load_LE, len(ranks.slot_G), len(ranks.slots_R))
     order_LE = orders(load_LE, count_LE, ranks.connected)
+    home_LE = np.stack([homes(load_E, ranks.node_R, ranks.slots_R, problem.num_groups) for load_E in load_LE])
     enough_L = 1 + problem.bound_L + _tolerance(problem, ranks)
-    rows = []
-    for layer, steps_NE in enumerate(_grouped(problem)):
-        s = empty(load_LE[layer], ranks.cost_R, ranks.slots_R)
-        home_E = homes(s.load_E, ranks.node_R, ranks.slots_R, problem.num_groups)
-        build(s, count_LE[layer], order_LE[layer], ranks.node_R, home_E, ranks.connected)
-        _improve(s, enough_L[layer], ranks.connected, problem, steps_NE)
-        if ranks.node_R.any():
-            gather(s, ranks.node_R, home_E, ranks.connected, max(enough_L[layer], s.load_R.max()), MOST_SWEEPS)
-        rows.append(s.expert_G)
-    return rows
+    return fresh(wanted, load_LE, _grouped(problem), count_LE, order_LE, home_LE, enough_L)
 
 
-def _from_current(problem: Problem, ranks: _Ranks, load_LE: Floats) -> list[Ints]:
+def _from_current(problem: Problem, ranks: _Ranks, load_LE: Floats) -> Ints:
     cap = len(ranks.slot_G) if problem.max_moves is None else problem.max_moves
     order_LE = np.argsort(-load_LE, axis=1, kind="stable")
     tolerance = _tolerance(problem, ranks)
@@ -87,7 +85,7 @@ def _from_current(problem: Problem, ranks: _Ranks, load_LE: Floats) -> list[Ints
             raise ConfigError("max_moves", problem.max_moves, remedy)
         _adapt(s, was_RE, 1 + problem.bound_L[layer], tolerance, cap)
         rows.append(np.where(s.expert_G == EMPTY, current_G, s.expert_G))
-    return rows
+    return np.stack(rows)
 
 
 def _current(problem: Problem) -> npt.NDArray[np.int32]:
@@ -100,23 +98,6 @@ def _current(problem: Problem) -> npt.NDArray[np.int32]:
                 seen = np.sort(np.unique(own_S, return_index=True)[1])
                 own_S[:] = np.concatenate([own_S[seen], np.delete(own_S, seen)])
     return out_LG
-
-
-def _improve(s: State, enough: float, connected: bool, problem: Problem, steps_NE: Floats) -> None:
-    """A fresh layer, from what was placed greedily. Under water-filling, staying connected goes before the balance of
-    the mean load under an even split, which then is no more than a way to robust connections."""
-    ranks, loose_G = len(s.load_R), np.empty(len(s.expert_G), np.bool_)
-    keep = connected and problem.dispatch == "waterfill"
-    if keep or (connected and ranks <= MOST_GUARDED):
-        improve(s, enough, components(s, loose_G), 15 * 32 * 32 // (ranks * ranks))
-    if s.load_R.max() > enough and not keep:
-        improve(s, enough, 0, max(2, 30 * 32 // ranks))
-    if connected:
-        connect(s, s.held_RE.copy(), enough, len(s.expert_G), 0.0)
-    if len(steps_NE) > 1:
-        refine(s, steps_NE, connected, MOST_SWEEPS)
-        if problem.tolerance is not None:  # asked for by name, so the mean must be within it
-            improve(s, enough, components(s, loose_G) if connected else 0, 0)
 
 
 def _adapt(s: State, was_RE: npt.NDArray[np.bool_], bound: float, tolerance: float, cap: int) -> None:
