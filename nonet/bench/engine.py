@@ -30,7 +30,7 @@ MakeParams = Callable[[Sample], SamplingParams]
 def words_of(config: EngineConfig) -> tuple[Words, int]:
     """A configuration's vocabulary, and how long a request may be. Raises ConfigError or ModelError."""
     spec: ModelSpec = read_spec(config.model.model)
-    tokenizer = Tokenizer(config.model.tokenizer or str(spec.folder))
+    tokenizer = Tokenizer(config.model.tokenizer or str(spec.folder), config.model.trust_remote_code)
     return Words(tokenizer, spec.vocab_size), config.model.max_model_len or spec.max_position
 
 

@@ -97,7 +97,7 @@ class ServerOptions(Options):
     served_model_name: str | None = Field(None, description="Name to send, if --model is a folder.")
     tokenizer: str | None = Field(None, description="Folder with tokenizer.json. Default: --model, if it is a folder.")
     tokenizer_mode: Literal["auto", "hf"] = Field("auto", description="Accepted: it is always tokenizer.json.")
-    trust_remote_code: bool = Field(False, description="Accepted: a checkpoint's own code is never run.")
+    trust_remote_code: bool = Field(False, description="Run a tokenizer that is Python code. Only if you trust it.")
     skip_tokenizer_init: bool = Field(False, description="Load no tokenizer; random prompts need one.")
     request_id_prefix: str | None = Field(
         None, description="Each request's X-Request-Id is this and its number. Default: bench- and a random word."

@@ -185,7 +185,7 @@ def _tokenizer(options: ServeOptions, model: str) -> Tokenizer | None:
         if options.tokenizer is None:
             return None
         raise ConfigError("--tokenizer", name, "no such folder; give one with tokenizer.json") from error
-    tokenizer = Tokenizer(str(folder))
+    tokenizer = Tokenizer(str(folder), options.trust_remote_code)
     if tokenizer.backend is None and options.tokenizer is not None:
         raise ConfigError("--tokenizer", name, "the folder has no tokenizer.json")
     return tokenizer

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nonet.cli import eplb_advise, eplb_simulate
+from nonet.cli.eplb_options import check_svg
 from nonet.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -70,8 +71,7 @@ def report(
     from nonet.eplb.report import report as report_on
 
     rows = read_assignments(slot_map, "--slot_map") if slot_map else None
-    if plot is not None and plot.suffix != ".svg":
-        raise ConfigError("--plot", str(plot), "only SVG is drawn; use a name that ends in .svg")
+    check_svg(plot)
     found = []
     for path in expert_statistic_path:
         statistics = load_statistics(path, iter_start, iter_stop, slot_map=rows)

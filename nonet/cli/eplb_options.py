@@ -120,3 +120,9 @@ def table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         )
         for line in lines
     )
+
+
+def check_svg(plot: Path | None) -> None:
+    """Raises ConfigError."""
+    if plot is not None and plot.suffix != ".svg":
+        raise ConfigError("--plot", str(plot), "only SVG is drawn; use a name that ends in .svg")

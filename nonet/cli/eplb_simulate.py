@@ -28,6 +28,7 @@ from nonet.cli.eplb_options import (
     Statistic,
     TokensPerRank,
     check_format,
+    check_svg,
     fleet_of,
     numbers,
     recorded_ranks,
@@ -94,6 +95,7 @@ def simulate(
     sd: Drift = 0.10,
     nodes: Nodes = 1,
     seed: Seed = 0,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the imbalances to this SVG file.")] = None,
     shape: Format = "table",
 ) -> None:
     """Replay a load in whole tokens, step by step, on fleets, policies and dispatch rules of your choice.
@@ -101,10 +103,13 @@ def simulate(
     imbalance is (max - mean) / mean of the tokens that ranks get, by step and layer; balancedness is mean / max.
     planned and bound are of the load that was planned on: what the plan would reach, and what none can be below.
     """
+    from nonet.cli.eplb_files import write_text
+    from nonet.eplb.chart import draw_bars
     from nonet.eplb.simulate import Options
     from nonet.eplb.simulate import simulate as replay
 
     check_format(shape)
+    check_svg(plot)
     begin = time.monotonic()
     lead = PLAN_STEPS if plan_steps is None and placement is None else plan_steps or 0
     work = workload_of(
@@ -129,6 +134,8 @@ def simulate(
                 options = Options(name, rule, first, rebalance_every, max_moves, samples, seed=seed)
                 found = replay(load_NLE, fleet, options, load_NRLE=load_NRLE, placement=given)
                 rows.append(found.summary() | {"worst_layer": work.layers[found.summary()["worst_layer"]]})
+    if plot is not None:
+        write_text(plot, draw_bars(rows), "--plot")
     _show(rows, shape, time.monotonic() - begin)
 
 

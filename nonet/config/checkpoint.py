@@ -6,6 +6,7 @@ from `raw`. Knows no tensors.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,6 +82,25 @@ def read_spec(model: str) -> ModelSpec:
         raise ModelError(f"{folder / 'config.json'}: key {error.args[0]!r} is missing") from error
     except (AttributeError, TypeError, ValueError) as error:
         raise ModelError(f"{folder / 'config.json'}: {error}") from error
+
+
+def needs_code(folder: Path, trust_remote_code: bool) -> bool:
+    """Whether a folder's tokenizer is Python code: no tokenizer.json, and a class that tokenizer_config.json names.
+
+    Raises ConfigError if it is and such code is not trusted or transformers, which runs it, is not installed.
+    """
+    settings = folder / "tokenizer_config.json"
+    if (folder / "tokenizer.json").is_file() or not settings.is_file():
+        return False
+    named = read_json(settings).get("auto_map")
+    if not (named.get("AutoTokenizer") if isinstance(named, dict) else named):
+        return False
+    if not trust_remote_code:
+        remedy = f"the tokenizer of {folder} is Python code; read it, then allow it with --trust-remote-code"
+        raise ConfigError("trust_remote_code", False, remedy)
+    if importlib.util.find_spec("transformers") is None:
+        raise ConfigError("trust_remote_code", True, "needs transformers to run a tokenizer; pip install transformers")
+    return True
 
 
 def require(spec: ModelSpec, ok: bool, key: str, value: object, supported: str) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from nonet import plugins
 from nonet.config import env
 from nonet.config.assignments import check_assignments
-from nonet.config.checkpoint import DTYPE_BYTES, ModelSpec, refuse_unsupported
+from nonet.config.checkpoint import DTYPE_BYTES, ModelSpec, needs_code, refuse_unsupported
 from nonet.config.schema import (
     CacheConfig,
     EngineConfig,
@@ -120,6 +120,7 @@ def _model(config: EngineConfig, spec: ModelSpec) -> ModelConfig:
     if length > spec.max_position:
         raise ConfigError("max_model_len", length, f"the model was made for at most {spec.max_position}")
     tokenizer = model.tokenizer or str(spec.folder)
+    needs_code(Path(tokenizer), model.trust_remote_code)  # what it refuses it refuses before weights are read
     return model.model_copy(
         update={"dtype": dtype, "max_model_len": length, "tokenizer": tokenizer, "model": str(spec.folder)}
     )

@@ -23,6 +23,9 @@ class Section(BaseModel):
 class ModelConfig(Section):
     model: str = Field(description="Folder of the checkpoint in Hugging Face form, or `nonet-tiny`, which is shipped.")
     tokenizer: str | None = Field(None, description="Folder of the tokenizer. Default: the model's.")
+    trust_remote_code: bool = Field(
+        False, description="Run the Python code of a tokenizer that has no tokenizer.json. Only from authors you trust."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Type of weights and activations. auto: the checkpoint's."
     )

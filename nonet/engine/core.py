@@ -26,6 +26,7 @@ from nonet.engine.mail import STARTER, RankMail
 from nonet.engine.sampler import Sampler, logprobs
 from nonet.engine.worker import Worker
 from nonet.errors import CapacityError, NonetError, RequestError
+from nonet.models.base import family_of
 from nonet.schedule.blocks import Blocks
 from nonet.schedule.scheduler import Scheduled, Scheduler
 from nonet.schedule.sequence import Sequence
@@ -39,6 +40,8 @@ def main(place: Place, payload: dict[str, Any]) -> None:
     mail = RankMail(payload["name"], place.rank)
     try:
         config = EngineConfig.model_validate(payload["config"])
+        spec = read_spec(config.model.model)
+        family_of(spec)  # what it refuses it refuses before the ranks meet
         torch.set_num_threads(config.runtime.threads_per_rank or 1)
         world = World(
             place,
@@ -46,7 +49,7 @@ def main(place: Place, payload: dict[str, Any]) -> None:
             device=config.parallel.device or "cpu",
             timeout_s=config.runtime.comm_timeout_s,
         )
-        core = Core(config, read_spec(config.model.model), world, mail)
+        core = Core(config, spec, world, mail)
         gc.collect()
         gc.freeze()  # what lives as long as the rank is never looked through again
         core.announce()

@@ -37,13 +37,20 @@ class _Front:
 
     def _use(self, client: FrontEnd) -> None:
         self.client, self.config = client, client.config
-        self.tokenizer = Tokenizer(self.config.model.tokenizer or self.config.model.model)
+        model = self.config.model
+        try:
+            self.tokenizer = Tokenizer(model.tokenizer or model.model, model.trust_remote_code)
+        except BaseException:
+            client.close()
+            raise
         self._ids = itertools.count()
         seed = self.config.model.seed
         self._random = random.Random(f"{seed} of {client.number}" if client.number else seed)  # each front end its own
 
     def _request(self, prompt: Prompt, params: SamplingParams, request_id: str | None) -> RequestState:
         text = prompt if isinstance(prompt, str) else None
+        if params.structured_outputs is not None:
+            self.tokenizer.check_structured()
         if isinstance(prompt, str):
             tokens = self.tokenizer.encode(prompt)
         else:

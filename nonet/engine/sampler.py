@@ -45,8 +45,12 @@ class Sampler:
     def _adjusts(self, sequence: Sequence) -> bool:
         p = sequence.params
         return bool(
-            p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0
-            or sequence.num_output < p.min_tokens or p.logit_bias or p.structured_outputs
+            p.presence_penalty
+            or p.frequency_penalty
+            or p.repetition_penalty != 1.0
+            or sequence.num_output < p.min_tokens
+            or p.logit_bias
+            or p.structured_outputs
         )
 
     def _adjust(self, logits_V: Tensor, sequence: Sequence) -> None:

@@ -29,6 +29,7 @@ from nonet.moe.base import All2AllSpec
 from nonet.moe.load import LoadCounter
 from nonet.moe.waterfill import lookups
 from nonet.weights.loader import Checkpoint
+from nonet.weights.progress import LoadingBar
 
 
 def placement_of(config: EngineConfig, spec: ModelSpec) -> Placement:
@@ -67,24 +68,26 @@ class Worker:
         )
         rule = config.moe.load_balancer.replica_dispatch
         self.lookups = lookups(rule, self.placement, world.rank, world.device, self.all2all)
-        checkpoint = Checkpoint(spec.folder, self.dtype, world.device)
-        self.model = family_of(spec).Model(
-            Parts(
-                spec=spec,
-                config=config,
-                checkpoint=checkpoint,
-                tp=world.tp,
-                ep=world.ep,
-                placement=self.placement,
-                all2all=self.all2all,
-                experts=experts.create(),
-                load=self.load,
-                lookups=self.lookups,
-                max_rows=max_rows,
-                dtype=self.dtype,
-                device=world.device,
+        with LoadingBar(spec.num_layers, wanted=world.rank == 0) as bar:
+            checkpoint = Checkpoint(spec.folder, self.dtype, world.device, watch=bar)
+            self.model = family_of(spec).Model(
+                Parts(
+                    spec=spec,
+                    config=config,
+                    checkpoint=checkpoint,
+                    tp=world.tp,
+                    ep=world.ep,
+                    placement=self.placement,
+                    all2all=self.all2all,
+                    experts=experts.create(),
+                    load=self.load,
+                    lookups=self.lookups,
+                    max_rows=max_rows,
+                    dtype=self.dtype,
+                    device=world.device,
+                )
             )
-        )
+            bar.done(checkpoint)
         self.bytes_read = checkpoint.bytes_read
         checkpoint.close()
         self.num_blocks = self._count_blocks()

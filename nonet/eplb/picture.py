@@ -37,38 +37,37 @@ def _panel(x: float, title: str, report: Report, what: str) -> list[str]:
     cell = _WIDTH / columns
     right = x + _LEFT + _WIDTH
     parts = [
-        _text(x + _LEFT, 22, title, size=14),
-        _text(
-            x + _LEFT, 40, f"{columns} {what}s, iterations {report.iterations.start} to {report.iterations.stop - 1}"
-        ),
-        _text(x + _LEFT - 6, _TOP - 6, "layer", anchor="end"),
-        _text(right + _RIGHT, _TOP - 6, "imbalance", anchor="end"),
+        text(x + _LEFT, 22, title, size=14),
+        text(x + _LEFT, 40, f"{columns} {what}s, iterations {report.iterations.start} to {report.iterations.stop - 1}"),
+        text(x + _LEFT - 6, _TOP - 6, "layer", anchor="end"),
+        text(right + _RIGHT, _TOP - 6, "imbalance", anchor="end"),
     ]
     for row, layer in enumerate(report.layers):
         y = _TOP + row * _ROW
-        parts.append(_text(x + _LEFT - 6, y + 12, str(layer), anchor="end"))
+        parts.append(text(x + _LEFT - 6, y + 12, str(layer), anchor="end"))
         for column, share in enumerate(report.share_LX[row]):
             parts.append(
                 f'<rect x="{x + _LEFT + column * cell:.2f}" y="{y}" width="{cell:.2f}" height="{_ROW - 1}" '
                 f'fill="{_colour(float(share))}"><title>layer {layer}, {what} {column}: {share:.3f}</title></rect>'
             )
-        parts.append(_text(right + _RIGHT, y + 12, f"{report.imbalance_L[row]:.3f}", anchor="end"))
+        parts.append(text(right + _RIGHT, y + 12, f"{report.imbalance_L[row]:.3f}", anchor="end"))
     y = _TOP + len(report.layers) * _ROW + 12
     average = f"{report.imbalance_L.mean():.3f}"
-    return [*parts, _text(x + _LEFT - 6, y, "avg", anchor="end"), _text(right + _RIGHT, y, average, anchor="end")]
+    return [*parts, text(x + _LEFT - 6, y, "avg", anchor="end"), text(right + _RIGHT, y, average, anchor="end")]
 
 
 def _legend(x: float, y: float) -> list[str]:
-    parts = [_text(x, y - 4, "tokens / mean")]
+    parts = [text(x, y - 4, "tokens / mean")]
     for i, share in enumerate((0.0, 0.4, 0.7, 0.9, 1.0, 1.1, 1.3, 2.0, 4.0)):
         at = x + 90 + i * 40
         parts.append(f'<rect x="{at}" y="{y - 14}" width="14" height="14" fill="{_colour(share)}" stroke="#999"/>')
-        parts.append(_text(at + 18, y - 3, f"{share:g}"))
+        parts.append(text(at + 18, y - 3, f"{share:g}"))
     return parts
 
 
-def _text(x: float, y: float, text: str, *, size: int = 11, anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}">{escape(text)}</text>'
+def text(x: float, y: float, words: str, *, size: int = 11, anchor: str = "start") -> str:
+    """An element that writes words at a place."""
+    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}">{escape(words)}</text>'
 
 
 def _colour(share: float) -> str:

@@ -1,7 +1,7 @@
 """Weights in 8-bit floats with a float32 factor for each block, as DeepSeek-V3's checkpoints hold them.
 
-Section 3.3 of its report (arXiv:2412.19437): e4m3, blocks of 128 x 128, weight = number * factor. Plain PyTorch and
-the specification; used by the loader, the expert kernels and `nonet quantize`.
+Section 3.3 of its report (arXiv:2412.19437): e4m3, blocks of 128 x 128, weight = number * factor. Used by the loader,
+the expert kernels and `nonet quantize`.
 Legend: N rows, K columns, b the side of a block, n and k blocks that rows and columns touch.
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from nonet.kernels import cpu
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0  # that e4m3 holds
@@ -51,7 +53,19 @@ def dequantize(
     """
     N, K = weight_NK.shape
     out = torch.empty((N, K), dtype=dtype, device=weight_NK.device) if out is None else out
-    start = 0
+    if cpu.handles(out) and all(tensor.is_contiguous() for tensor in (weight_NK, scale_nk, out)):
+        from nonet.kernels.cpu import fp8
+
+        fp8.dequantize(weight_NK, scale_nk, block, first, out)
+        return out
+    return dequantize_reference(weight_NK, scale_nk, block, first, out)
+
+
+def dequantize_reference(
+    weight_NK: Tensor, scale_nk: Tensor, block: int, first: tuple[int, int], out: Tensor
+) -> Tensor:
+    """The specification of the above."""
+    (N, K), start = weight_NK.shape, 0
     for scale_k in scale_nk:
         if start == N:
             break

@@ -182,4 +182,3 @@ def _report(events: Any, rank: int, status: int) -> None:
     how = signal.Signals(-status).name if status < 0 else f"exit code {status}"
     with contextlib.suppress(BrokenPipeError):
         events.write(json.dumps({"event": "died", "rank": rank, "how": how}) + "\n")
-

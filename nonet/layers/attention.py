@@ -55,14 +55,20 @@ class Sight:
     sink_H: Tensor | None = None  # float32: a logit of each head that shares in the softmax and has no value (gpt-oss)
     scale: float | None = None
 
-    def first(self, position: Tensor) -> Tensor:
+    def first(self, position: int) -> int:
         """The first position that a token at `position` sees."""
-        first = torch.zeros_like(position)
+        since_window = 0 if self.window is None else position - self.window + 1
+        since_chunk = 0 if self.chunk is None else position // self.chunk * self.chunk
+        return max(0, since_window, since_chunk)
+
+    def mask(self, position: Tensor, other: Tensor) -> Tensor:
+        """Whether a token at `position` sees `other`; they broadcast."""
+        mask = other <= position
         if self.window is not None:
-            first = (position - self.window + 1).clamp(min=0)
+            mask = mask & (other > position - self.window)
         if self.chunk is not None:
-            first = torch.maximum(first, position // self.chunk * self.chunk)
-        return first
+            mask = mask & (other >= position // self.chunk * self.chunk)
+        return mask
 
 
 PLAIN = Sight()
@@ -152,7 +158,7 @@ class Attention:
 
 
 def halves(rows: Tensor, head_dim: int) -> Tensor:
-    """The even rows of each head, then the odd ones: so `rotate` turns those against each other that were neighbours."""
+    """The even rows of each head, then the odd ones: `rotate` turns against each other what stood side by side."""
     heads = rows.view(-1, head_dim // 2, 2, *rows.shape[1:])
     return heads.transpose(1, 2).reshape(rows.shape)
 
@@ -206,8 +212,7 @@ def decode(
     place_BC = (block_BN.unsqueeze(2) * block_size + torch.arange(block_size, device=q_BHd.device)).view(B, C)
     k, v = (part.index_select(0, place_BC.view(-1)).view(B, C, h, d).transpose(1, 2) for part in cache)
     q = q_BHd.reshape(B, h, H // h, d)  # the heads of a group attend alike: they stand as its queries
-    position_C, last_B1 = torch.arange(C, device=q.device), length_B.unsqueeze(1) - 1
-    mask_BC = (position_C <= last_B1) & (position_C >= sight.first(last_B1))
+    mask_BC = sight.mask(length_B.unsqueeze(1) - 1, torch.arange(C, device=q.device))
     k, v = (part.masked_fill(~mask_BC[:, None, :, None], 0) for part in (k, v))  # there NaN may stand
     mask = mask_BC[:, None, None, :]
     if sight.sink_H is not None:
@@ -219,20 +224,18 @@ def decode(
 def _attend_one(q_THd: Tensor, cache: KvCache, part: Prefill, sight: Sight) -> Tensor:
     """A chunk of a prompt against the context that ends with it."""
     T, H, _ = q_THd.shape
-    position_T1 = torch.arange(part.place_C.shape[0] - T, part.place_C.shape[0], device=q_THd.device).unsqueeze(1)
-    first_T1 = sight.first(position_T1)
-    seen = int(first_T1[0])  # no token sees what lies before
+    context = part.place_C.shape[0]
+    seen = sight.first(context - T)  # no token of the chunk sees what lies before
     q = q_THd.transpose(0, 1).unsqueeze(0)
     k, v = (rows.index_select(0, part.place_C[seen:]).transpose(0, 1).unsqueeze(0) for rows in cache)
     gqa, scale = k.shape[1] != H, sight.scale
-    context = k.shape[2]
-    plain = sight.window is None and sight.chunk is None and sight.sink_H is None
-    if plain and context == T:
+    if context == T and sight.window is None and sight.chunk is None and sight.sink_H is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)[0].transpose(0, 1)
-    position_C = torch.arange(seen, seen + context, device=q.device)
-    mask = (position_C <= position_T1) & (position_C >= first_T1)
+    position = torch.arange(context, device=q.device)
+    mask = sight.mask(position[context - T :].unsqueeze(1), position[seen:])
     if sight.sink_H is not None:
-        k, v, mask = _with_sink(k, v, mask.expand(1, H, T, context), sight.sink_H.view(1, H, 1, 1).expand(1, H, T, 1))
+        mask = mask.expand(1, H, -1, -1)
+        k, v, mask = _with_sink(k, v, mask, sight.sink_H.view(1, H, 1, 1).expand(-1, -1, T, -1))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa)[0].transpose(0, 1)
 
 

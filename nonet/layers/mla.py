@@ -50,12 +50,11 @@ class LatentAttention:
         self.shape, self.num_heads = shape, heads[1] - heads[0]
         c, n, r, v = shape.kv_lora_rank, shape.nope, shape.rope, shape.value
         q_rows = heads[0] * (n + r), heads[1] * (n + r)
-        first = "q_proj" if shape.q_lora_rank is None else "q_a_proj"
-        q = checkpoint.read(f"{prefix}.{first}.weight", rows=q_rows if shape.q_lora_rank is None else None)
         self.q_norm = self.q_up = None
         if shape.q_lora_rank is None:
-            q = self._halves_of_heads(q)
+            q = self._halves_of_heads(checkpoint.read(f"{prefix}.q_proj.weight", rows=q_rows))
         else:
+            q = checkpoint.expect(f"{prefix}.q_a_proj.weight", (shape.q_lora_rank, shape.hidden))
             self.q_norm = checkpoint.expect(f"{prefix}.q_a_layernorm.weight", (shape.q_lora_rank,))
             self.q_up = pack(self._halves_of_heads(checkpoint.read(f"{prefix}.q_b_proj.weight", rows=q_rows)))
         down = checkpoint.expect(f"{prefix}.kv_a_proj_with_mqa.weight", (c + r, shape.hidden))

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from nonet.config.checkpoint import ModelSpec, rope_parameters
 
+MOST_TABLED = 1 << 17  # positions: at width 128 in bfloat16 tables of 64 MiB
+
 
 class Rope:
-    """Tables of cosine and sine up to the longest position, made once.
+    """Cosine and sine of positions: tables up to the longest, made once, or for very long ones computed in each step.
 
     `scaling` is a mapping as `config.checkpoint.rope_parameters` gives it; None: the plain frequencies of `theta`.
     """
@@ -32,14 +34,24 @@ class Rope:
         device: torch.device,
         scaling: Mapping[str, Any] | None = None,
     ) -> None:
-        inverse_F, factor = frequencies(width, theta, scaling or {"rope_type": "default"})
-        angle = torch.outer(torch.arange(length).float(), inverse_F)
-        angle = torch.cat([angle, angle], dim=-1)
-        self.cos, self.sin = ((table * factor).to(device, dtype) for table in (angle.cos(), angle.sin()))
+        inverse_F, self._factor = frequencies(width, theta, scaling or {"rope_type": "default"})
+        self._inverse_F, self._dtype = inverse_F.to(device), dtype
+        self._tables: tuple[Tensor, Tensor] | None = None
+        if length <= MOST_TABLED:
+            self._tables = self._turned(torch.arange(length, device=device))
 
     def at(self, position_T: Tensor) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each [T, 1, d]: looked up once a step for all layers."""
-        return self.cos[position_T].unsqueeze(1), self.sin[position_T].unsqueeze(1)
+        """(cos, sin), each [T, 1, d]: once a step for all layers."""
+        if self._tables is None:
+            cos_Td, sin_Td = self._turned(position_T)
+        else:
+            cos_Td, sin_Td = (table[position_T] for table in self._tables)
+        return cos_Td.unsqueeze(1), sin_Td.unsqueeze(1)
+
+    def _turned(self, position_T: Tensor) -> tuple[Tensor, Tensor]:
+        angle = torch.outer(position_T.float(), self._inverse_F)
+        angle = torch.cat([angle, angle], dim=-1)
+        return (angle.cos() * self._factor).to(self._dtype), (angle.sin() * self._factor).to(self._dtype)
 
 
 def rope_of(spec: ModelSpec, width: int, length: int, dtype: torch.dtype, device: torch.device) -> Rope:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from nonet.config.checkpoint import ModelSpec, require
+from nonet.config.checkpoint import ModelSpec, require, rope_parameters
 from nonet.kernels.linear import linear, pack
 from nonet.layers.attention import Attention, Temperature
 from nonet.layers.mlp import GatedMlp
@@ -40,6 +40,8 @@ def check(spec: ModelSpec) -> None:
     require(spec, spec.top_k == 1, "num_experts_per_tok", spec.top_k, "1: a score scales what its expert gets")
     quantized = spec.raw.get("quantization_config")
     require(spec, not quantized, "quantization_config", quantized, "none: fused experts are read as plain numbers")
+    kind = rope_parameters(spec)["rope_type"]
+    require(spec, kind != "yarn", "rope_type", kind, "default, linear, llama3: those that keep the lengths of q and k")
     known = {_CHUNKED, _FULL}
     kinds = attention_types(spec)
     require(spec, set(kinds) <= known, "layer_types", kinds, ", ".join(sorted(known)))

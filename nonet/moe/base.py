@@ -106,6 +106,10 @@ def gather_counts(group: Group, count_E: Tensor) -> Tensor:
 
 def group_by_slot(x_ND: Tensor, slot_NK: Tensor, weight_NK: Tensor, num_slots: int, ticket: object) -> Dispatched:
     """Sort the pairs of received rows by slot. This rank's slots are 0..S-1; whatever lies outside is elsewhere."""
+    if weight_NK.is_cuda:
+        from nonet.kernels.triton import grouping
+
+        return Dispatched(x_ND, *grouping.group(slot_NK, weight_NK, num_slots), ticket)
     if cpu.handles(weight_NK):
         from nonet.kernels.cpu import routing
 

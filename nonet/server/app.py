@@ -135,6 +135,7 @@ class Routes:
         if bad is not None:
             raise RequestError("logit_bias", bad, f"token ids are 0 to {size - 1}")
         if params.structured_outputs is not None:
+            self.llm.tokenizer.check_structured()
             await structured.check(params.structured_outputs)
         return params
 

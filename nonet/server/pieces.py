@@ -1,7 +1,7 @@
 """The bytes a token stands for, which its text cannot always show: half of a character has no text.
 
 Used for `bytes` in log probabilities. Reads the tokenizer's own kind: byte-level BPE (GPT-2's table), or sentencepiece
-with bytes as <0xE4>.
+with bytes as <0xE4>. Of a tokenizer in Python that is neither, only the text is known.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 
 from tokenizers import Tokenizer as Backend
+
+from nonet.engine.tokenizer import PythonBackend
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -23,7 +25,7 @@ def _printable() -> dict[str, int]:
 class Pieces:
     """One tokenizer's tokens as bytes."""
 
-    def __init__(self, backend: Backend | None) -> None:
+    def __init__(self, backend: Backend | PythonBackend | None) -> None:
         self._backend = backend
         decoder = repr(backend.decoder) if backend is not None else ""
         self._table = _printable() if "ByteLevel" in decoder else None
@@ -41,4 +43,6 @@ class Pieces:
             return [byte for byte in found if byte is not None] if None not in found else list(text.encode())
         if byte := _BYTE.fullmatch(piece):
             return [int(byte[1], 16)]
+        if isinstance(self._backend, PythonBackend):
+            return list(text.encode())
         return list(piece.replace("\u2581", " ").encode())

@@ -40,7 +40,7 @@ class LoadingBar:
         self._bar.stop()
         if self._shown:
             seconds = time.monotonic() - self._started
-            read, staged = f"{checkpoint.bytes_read / 2**30:.2f} GiB", f"{checkpoint.staged / 2**20:.1f} MiB"
+            read, staged = (f"{count / 2**20:,.1f} MiB" for count in (checkpoint.bytes_read, checkpoint.staged))
             self._console.print(
                 f"read {read} of {checkpoint.folder} in {seconds:.1f} s, at most {staged} on its way in host memory",
                 soft_wrap=True,

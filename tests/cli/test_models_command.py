@@ -79,6 +79,9 @@ OURS = {"rope_parameters": YARN, "sliding_window": 128}
         (LLAMA, {"attention_chunk_size": 8, "quantization_config": {"quant_method": "fp8"}},
          "quantization_config = {'quant_method': 'fp8'} is not supported; "
          "supported: none: fused experts are read as plain numbers"),
+        (LLAMA, {"attention_chunk_size": 8, "rope_parameters": YARN},
+         "rope_type = 'yarn' is not supported; "
+         "supported: default, linear, llama3: those that keep the lengths of q and k"),
         (GPT, {**OURS, "quantization_config": {"quant_method": "mxfp4"}},
          "quantization_config.quant_method = 'mxfp4' is not supported; "
          "supported: none; save it in bfloat16 first, as docs/models.md says"),

@@ -120,6 +120,9 @@ def test_how_a_word_looks_as_a_flag(path, wanted):
         ('--moe-config.load_balancer {"num_slots":4}', "num_slots", 4),
         ('--initial-global-assignments {"0":[1,0]}', "initial_global_assignments", {0: [1, 0]}),
         ("--strict", "strict", True),
+        ("--trust-remote-code", "trust_remote_code", True),
+        ("--trust_remote_code", "trust_remote_code", True),
+        ("--no-trust-remote-code", "trust_remote_code", False),
     ],
 )
 def test_a_flag(text, name, value):
@@ -138,7 +141,7 @@ def test_a_flag(text, name, value):
         "--data-parallel-size 4 --data-parallel-size-local 4", "--data-parallel-start-rank 0", "--quantization None",
         '--compilation-config {"cudagraph_mode":"none","level":0}', "--disable-overlap-scheduler", "--backend pytorch",
         '--eplb-config {"window_size":1000,"step_interval":3000,"log_balancedness":false,"policy":"default"}',
-        "--kv-cache-dtype auto", "--no-trust-remote-code", "--kv-transfer-config null", "--cuda-graph-config null",
+        "--kv-cache-dtype auto", "--kv-transfer-config null", "--cuda-graph-config null",
     ],
 )  # fmt: skip
 def test_words_that_ask_for_nothing_that_is_missing(text):
@@ -163,8 +166,6 @@ def test_words_that_ask_for_nothing_that_is_missing(text):
          "use 1000, or leave it out"),
         ("--kv-transfer-config.kv_role kv_both", "--kv-transfer-config.kv_role = 'kv_both': not built yet: prefill and "
          "decode on separate servers (KV transfer); leave it out"),
-        ("--trust-remote-code",
-         "--trust-remote-code = True: not built yet: running a checkpoint's own code; leave it out"),
     ],
 )  # fmt: skip
 def test_words_whose_feature_is_missing_are_refused_by_name(text, message):

@@ -34,11 +34,27 @@ def test_tokens_equal_transformers(tp, dp, backend):
 
 
 @pytest.mark.gpu
-def test_one_gpu_alone():
-    with LLM("nonet-tiny", dtype="float32", device="cuda", gpu_memory_utilization=0.3) as llm:
+@pytest.mark.parametrize("experts", ["grouped", "triton"])
+def test_one_gpu_alone(experts):
+    with LLM(
+        "nonet-tiny", dtype="float32", device="cuda", gpu_memory_utilization=0.3, expert_backend=experts
+    ) as llm:  # fmt: skip
         prompts = [text[:400] for texts in KINDS.values() for text in texts[:2]]
         outs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=64, ignore_eos=True))
     check_equality(reference(TINY), [(o.prompt_token_ids, o.outputs[0].token_ids) for o in outs])
+
+
+@pytest.mark.gpus(2)
+@pytest.mark.parametrize("rule", ["even", "waterfill", "waterfill-average"])
+def test_replicas_and_grouped_products_on_two_gpus(rule):
+    with LLM(
+        "nonet-tiny", dtype="float32", device="cuda", data_parallel_size=2, enable_expert_parallel=True,
+        all2all_backend="allgather_reducescatter", expert_backend="triton", num_slots=36, replica_dispatch=rule,
+        max_num_batched_tokens=256, max_num_seqs=16, gpu_memory_utilization=0.3,
+    ) as llm:  # fmt: skip
+        prompts = [text[:400] for texts in KINDS.values() for text in texts[:2]]
+        outs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=64, ignore_eos=True))
+    print(check_equality(reference(TINY), [(o.prompt_token_ids, o.outputs[0].token_ids) for o in outs]))
 
 
 @pytest.mark.gpus(2)

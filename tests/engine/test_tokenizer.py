@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import sys
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import folder
 from small_tokenizers import END, START, TEXT, byte_fallback, single_bytes, trained
 
+from nonet import LLM, SamplingParams
 from nonet.engine.tokenizer import Tokenizer
-from nonet.errors import ModelError, RequestError
+from nonet.errors import ConfigError, ModelError, RequestError
+from nonet.server.pieces import Pieces
+from nonet.types import StructuredOutputsParams
 
 BAD = "\ufffd"  # what bytes that are no character show as
 MAKERS = [trained, single_bytes, byte_fallback]
@@ -160,3 +168,117 @@ def test_tokens_the_tokenizer_does_not_know_are_no_text():
     tokenizer = trained()
     assert tokenizer.decode([100_000]) == ""
     assert pieces(tokenizer, [100_000, *tokenizer.encode("x")]) == ["", "x", ""]
+
+
+# -- a tokenizer that is Python code in the checkpoint's folder --------------------------------------------------------
+
+CODE = """
+from transformers import PreTrainedTokenizer
+
+BYTES = [*range(32, 127), *"ä漢🙂".encode()]  # token 0 ends a text, the others are these
+
+
+class Bytes(PreTrainedTokenizer):
+    def __init__(self, **settings):
+        self.pieces = ["<end>"] + [f"<0x{byte:02X}>" for byte in BYTES]
+        super().__init__(eos_token="<end>", **settings)
+
+    @property
+    def vocab_size(self):
+        return len(self.pieces)
+
+    def get_vocab(self):
+        return {piece: token for token, piece in enumerate(self.pieces)}
+
+    def _tokenize(self, text, **settings):
+        return [f"<0x{byte:02X}>" for byte in text.encode()]
+
+    def _convert_token_to_id(self, piece):
+        return self.pieces.index(piece)
+
+    def _convert_id_to_token(self, token):
+        return self.pieces[token]
+
+    def convert_tokens_to_string(self, pieces):
+        found = b"".join(p.encode() if p == "<end>" else bytes([int(p[3:5], 16)]) for p in pieces)
+        return found.decode(errors="replace")
+
+    def build_inputs_with_special_tokens(self, tokens, pair=None):
+        return [0, *tokens]
+"""
+WORDS = "a ä, 漢🙂!"
+
+
+@pytest.fixture
+def with_code(tmp_path, monkeypatch):
+    """A small model whose tokenizer is such code. What transformers keeps of it lies in the test's own folder."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "kept"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    model = tmp_path / "model"
+    shutil.copytree(folder("odd22"), model)
+    (model / "tokenization_bytes.py").write_text(CODE)
+    named = {"auto_map": {"AutoTokenizer": ["tokenization_bytes.Bytes", None]}, "tokenizer_class": "Bytes"}
+    (model / "tokenizer_config.json").write_text(json.dumps(named))
+    yield model
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        del sys.modules[name]
+
+
+def test_code_that_is_trusted_reads_and_writes_text(with_code):
+    tokenizer = Tokenizer(str(with_code), trust_remote_code=True)
+    tokens = tokenizer.encode(WORDS)
+    assert tokens[0] == 0
+    assert len(tokens) == 1 + len(WORDS.encode()), "a token a byte behind the special one"
+    assert tokenizer.backend.encode(WORDS, add_special_tokens=False).ids == tokens[1:]
+    assert (tokenizer.decode(tokens), tokenizer.decode(tokens, False)) == (WORDS, f"<end>{WORDS}")
+    assert pieces(tokenizer, tokens) == ["", "a", " ", "", "ä", ",", " ", "", "", "漢", "", "", "", "🙂", "!", ""]
+    assert pieces(tokenizer, tokens[:-2]) == ["", "a", " ", "", "ä", ",", " ", "", "", "漢", "", "", "", BAD]
+    assert pieces(tokenizer, [130, tokens[1], 5000]) == ["", "a", "", ""], "tokens it does not know are no text"
+    assert (tokenizer.backend.get_vocab_size(), tokenizer.backend.id_to_token(5000)) == (105, None)
+    assert tokenizer.backend.get_added_tokens_decoder() == {0: "<end>"}
+    assert [Pieces(tokenizer.backend).bytes_of(token, BAD) for token in tokens[3:5]] == [[0xC3], [0xA4]]
+    with pytest.raises(RequestError, match="not valid Unicode"):
+        tokenizer.encode("a\ud83d")
+
+
+def test_a_model_with_code_for_a_tokenizer_is_served_only_if_that_is_trusted(with_code):
+    settings = dict(dtype="float32", num_blocks=64)
+    remedy = r"trust_remote_code = False: the tokenizer of .* is Python code; .* --trust-remote-code$"
+    with pytest.raises(ConfigError, match=remedy):
+        LLM(str(with_code), **settings)
+    assert not (with_code.parent / "kept").exists()
+    with LLM(str(with_code), **settings, trust_remote_code=True) as llm:
+        sampled = SamplingParams(max_tokens=60, seed=3, logit_bias=dict.fromkeys(range(96, 105), 3.0))
+        (result,) = llm.generate(WORDS, sampled, use_tqdm=False)
+        held = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a"))
+        with pytest.raises(RequestError, match="structured_outputs = 'given': .* has no tokenizer.json, which they"):
+            llm.generate(WORDS, held, use_tqdm=False)
+        tokens, text = list(result.outputs[0].token_ids), result.outputs[0].text
+        assert (result.prompt, result.prompt_token_ids) == (WORDS, llm.tokenizer.encode(WORDS))
+        assert text == llm.tokenizer.decode(tokens) == "".join(pieces(llm.tokenizer, tokens))
+        assert not any(piece.endswith(BAD) for piece in pieces(llm.tokenizer, tokens)[:-1])
+
+
+def test_code_beside_a_tokenizer_json_is_never_run(with_code):
+    (with_code / "tokenization_bytes.py").write_text("raise RuntimeError('it ran')")
+    with pytest.raises(ModelError, match=r"the Python tokenizer of .* does not load: RuntimeError: it ran"):
+        Tokenizer(str(with_code), trust_remote_code=True)
+    trained().backend.save(str(with_code / "tokenizer.json"))
+    for trusted in (False, True):
+        tokenizer = Tokenizer(str(with_code), trusted)
+        assert tokenizer.encode(WORDS) == trained().encode(WORDS)
+        tokenizer.check_structured()
+
+
+def test_code_needs_transformers(with_code, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ConfigError, match=r"trust_remote_code = True: .*; pip install transformers$"):
+        Tokenizer(str(with_code), trust_remote_code=True)
+
+
+def test_a_configuration_of_a_tokenizer_that_names_no_code_is_no_tokenizer(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Bytes", "auto_map": {}}')
+    for trusted in (False, True):
+        tokenizer = Tokenizer(str(tmp_path), trusted)
+        assert tokenizer.backend is None
+        tokenizer.check_structured()

@@ -211,3 +211,25 @@ def test_wrong_arguments_are_one_line(arguments, field):
         eplb_simulate.simulate(**{"steps": 1, "plan_steps": 1, "num_layers": 1} | arguments)
     assert caught.value.field == field
     assert "\n" not in str(caught.value)
+
+
+def test_a_picture_has_a_bar_for_each_simulation(tmp_path, capsys):
+    import xml.etree.ElementTree as xml
+
+    words = ["--load", "zipf", "--ep_size", "4", "--num_slots", "16,20", "--policy", "trtllm,nonet", "--steps", "3",
+             "--plan_steps", "2", "--num_layers", "2", "--num_experts", "16"]  # fmt: skip
+    with pytest.raises(SystemExit) as left:
+        app(["eplb", "simulate", *words, "--plot", str(tmp_path / "bars.svg")])
+    assert left.value.code == 0
+    drawn = xml.parse(tmp_path / "bars.svg").getroot()
+    space = "{http://www.w3.org/2000/svg}"
+    bars = [r for r in drawn.iter(f"{space}rect") if r.get("width") == "20"]
+    said = [t.text for t in drawn.iter(f"{space}text")]
+    assert len(bars) == 4
+    assert len({r.get("x") for r in bars}) == 4
+    assert all(float(r.get("height")) > 0 for r in bars)
+    assert {"16 slots", "20 slots", "trtllm, even", "nonet, even"} <= set(said)
+    with pytest.raises(SystemExit) as left:
+        app(["eplb", "simulate", *words, "--plot", str(tmp_path / "bars.png")])
+    assert left.value.code == 2
+    assert "only SVG is drawn" in capsys.readouterr().err

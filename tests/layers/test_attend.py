@@ -88,7 +88,7 @@ def test_what_lies_before_may_be_no_number(name, dtype):
     q_THd, cache = inputs(paged, spans, 6, 2, 8, seed=4)
     q_THd, cache = q_THd.to(dtype), tuple(part.to(dtype) for part in cache)
     before = attend(q_THd, cache, paged.attention(spans), sight)
-    first = [int(sight.first(torch.tensor(start))) for _, start, _ in spans]
+    first = [sight.first(start) for _, start, _ in spans]
     assert min(first) > 0
     for (blocks, _, _), count in zip(spans, first, strict=True):
         for part in cache:
@@ -147,11 +147,12 @@ def test_a_sequence_that_went_wrong_does_not_spoil_the_others():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_stays_near_the_plain_definition(dtype):
+@pytest.mark.parametrize("sight", [PLAIN, SIGHTS["both"], SIGHTS["window-and-sinks"]])
+def test_half_precision_stays_near_the_plain_definition(sight, dtype):
     paged = Paged(num_blocks=60, block_size=4)
     spans = random_spans(paged, seed=5, max_len=MAX_LEN)
-    q_THd, cache = inputs(paged, spans, 4, 2, 8, seed=5)
+    q_THd, cache = inputs(paged, spans, 6, 2, 8, seed=5)
     q_THd, cache = q_THd.to(dtype), tuple(part.to(dtype) for part in cache)
-    got = attend(q_THd, cache, paged.attention(spans))
+    got = attend(q_THd, cache, paged.attention(spans), sight)
     assert got.dtype == dtype
-    torch.testing.assert_close(got.double(), plain(q_THd, cache, paged, spans), atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(got.double(), plain(q_THd, cache, paged, spans, sight), atol=2e-2, rtol=2e-2)

@@ -12,7 +12,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbed
 
 from nonet.config.checkpoint import read_spec, refuse_unsupported
 from nonet.errors import ModelError
-from nonet.layers.rope import rope_of
+from nonet.layers.rope import Rope, rope_of
 
 CPU = torch.device("cpu")
 WIDTH, LENGTH, THETA = 16, 512, 500.0
@@ -67,9 +67,11 @@ def test_tables_are_theirs(tmp_path, name, keys):
             rope_parameters={"rope_theta": THETA, **scaling},
         )
     )  # fmt: skip
-    cos, sin = theirs(torch.zeros(1), torch.arange(LENGTH)[None])
-    torch.testing.assert_close(ours.cos, cos[0], atol=1e-6, rtol=0)
-    torch.testing.assert_close(ours.sin, sin[0], atol=1e-6, rtol=0)
+    # by their frequencies, not their product of them with positions: a matrix product's float32 differs by the machine
+    angle = torch.outer(torch.arange(LENGTH).double(), theirs.inv_freq.double())
+    angle = torch.cat([angle, angle], dim=1)
+    for found, wanted in zip(ours.at(torch.arange(LENGTH)), (angle.cos(), angle.sin()), strict=True):
+        torch.testing.assert_close(found[:, 0].double(), wanted * theirs.attention_scaling, atol=5e-5, rtol=0)
 
 
 def test_the_types_differ():
@@ -87,7 +89,18 @@ def test_what_yarn_takes_from_elsewhere(tmp_path):
     plain = {key: value for key, value in YARN.items() if key == "rope_type"}
     spec = spec_of(tmp_path, newer(plain | {"factor": None}) | {"original_max_position_embeddings": 64})
     wanted = rope_of(spec_of(tmp_path, newer(YARN)), WIDTH, LENGTH, torch.float32, CPU)
-    assert torch.equal(rope_of(spec, WIDTH, LENGTH, torch.float32, CPU).cos, wanted.cos)
+    every = torch.arange(LENGTH)
+    assert torch.equal(rope_of(spec, WIDTH, LENGTH, torch.float32, CPU).at(every)[0], wanted.at(every)[0])
+
+
+def test_without_tables_the_same():
+    """Very long contexts have none, and no memory for them is taken."""
+    position_T = torch.tensor([0, 5, 3, 40_000])
+    long = Rope(WIDTH, 1e4, 10_000_000, torch.bfloat16, CPU)
+    for found, wanted in zip(
+        long.at(position_T), Rope(WIDTH, 1e4, 50_000, torch.bfloat16, CPU).at(position_T), strict=True
+    ):
+        assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,9 @@ def yarn(folder: Path) -> None:
 def released(folder: Path) -> None:
     """As docs/models.md makes it of a released checkpoint, whose experts are in MXFP4: blocks of 32 numbers of 4 bits,
     with an exponent each. In bfloat16."""
-    E, D, I = 5, 64, 32
+    E, D, width = 5, 64, 32
     more = dict(
-        hidden_size=D, intermediate_size=I, num_local_experts=E, num_experts_per_tok=2, sliding_window=10,
+        hidden_size=D, intermediate_size=width, num_local_experts=E, num_experts_per_tok=2, sliding_window=10,
         num_hidden_layers=2,
     )  # fmt: skip
     save(lambda: GptOssForCausalLM(GptOssConfig(**{**SMALL, **more})), folder)

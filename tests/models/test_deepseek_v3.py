@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from deepseek_v3_models import LATENT, YARN, v2_lite, v3
+from safetensors.torch import save_file
 from small import SMALL, prompts, reference, save
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
@@ -18,6 +20,8 @@ from nonet.errors import ModelError
 from nonet.models import deepseek_v3
 from nonet.models.base import family_of
 from nonet.testing.cluster import run_ranks
+from nonet.weights.loader import SCALE, Checkpoint
+from nonet.weights.quantize import quantize_folder
 
 BLOCK, BLOCKS = 8, 6
 ROW = int(LATENT["kv_lora_rank"]) + int(LATENT["qk_rope_head_dim"])  # numbers that a layer caches of a token
@@ -54,6 +58,19 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     return made
 
 
+@pytest.fixture(scope="module")
+def in_fp8(folders, tmp_path_factory) -> tuple[Path, Path]:
+    """The first model in FP8, in blocks that no rank's heads end with, and what its numbers stand for in float32."""
+    quantized, plain = tmp_path_factory.mktemp("fp8"), tmp_path_factory.mktemp("plain")
+    quantize_folder(str(folders["v3"]), quantized, block=7)
+    files = Checkpoint(quantized, torch.float32, torch.device("cpu"))
+    tensors = {name: files.read(name) for name in files.names() if not name.endswith(SCALE)}
+    assert files.is_fp8("model.layers.0.self_attn.kv_b_proj.weight")
+    save_file(tensors, plain / "model.safetensors", {"format": "pt"})
+    shutil.copy(folders["v3"] / "config.json", plain)
+    return quantized, plain
+
+
 def steps(world, folder: str, prompt: list[int]):
     """On each of two ranks of one tensor-parallel group: a prompt in two chunks and a token decoded."""
     from nonet.engine.messages import StepBatch
@@ -80,11 +97,12 @@ def all_steps(world, folders: dict[str, str], prompt: list[int]):
     return {name: steps(world, folder, prompt) for name, folder in folders.items()}
 
 
-def test_logits_are_theirs_and_the_cache_holds_one_row_a_token_and_layer(folders):
+def test_logits_are_theirs_and_the_cache_holds_one_row_a_token_and_layer(folders, in_fp8):
     """The same row on both ranks, whatever the number of heads."""
     [prompt] = prompts(int(SMALL["vocab_size"]), [41])
-    first, second = run_ranks(2, all_steps, {k: str(v) for k, v in folders.items()}, prompt, tensor_parallel_size=2)
-    for name, folder in folders.items():
+    served = {name: str(folder) for name, folder in folders.items()} | {"fp8": str(in_fp8[0])}
+    first, second = run_ranks(2, all_steps, served, prompt, tensor_parallel_size=2)
+    for name, folder in (folders | {"fp8": in_fp8[1]}).items():
         logits, shapes, size, block, written = first[name]
         torch.testing.assert_close(logits, reference(folder)(prompt), atol=1e-4, rtol=1e-4)
         places = (BLOCKS + 1) * BLOCK  # a scratch block behind the last

@@ -110,8 +110,18 @@ def replicated(path: Path, ranks: int) -> dict[str, object]:
 
 @pytest.mark.parametrize("case", parameters())
 def test_tokens_equal_transformers(case, folder_of):
-    (tp, dp), path = case.layout, folder_of(case)
-    settings: dict[str, object] = {}
+    hold_against_transformers(case, folder_of(case), "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [case for case in spread() if case.backend == "local"], ids=lambda case: case.name)
+def test_tokens_of_a_gpu_equal_transformers(case, folder_of):
+    hold_against_transformers(case, folder_of(case), "cuda")
+
+
+def hold_against_transformers(case: Case, path: Path, device: str) -> None:
+    tp, dp = case.layout
+    settings: dict[str, object] = {"device": device}
     if case.backend not in ("local", "off"):
         settings |= {"enable_expert_parallel": True, "all2all_backend": case.backend}
     if case.replicas:

@@ -34,7 +34,7 @@ def test_layers_are_counted_and_the_end_is_told(tmp_path):
     assert seen == list(range(1, 12)), "a layer is done when the next begins"
     assert "loading" in out.getvalue()
     last = out.getvalue().splitlines()[-1]
-    assert re.search(rf"read 0\.00 GiB of {re.escape(str(tmp_path))} in \d+\.\d s, at most 0\.0 MiB on its way", last)
+    assert re.search(rf"read 0\.0 MiB of {re.escape(str(tmp_path))} in \d+\.\d s, at most 0\.0 MiB on its way", last)
 
 
 @pytest.mark.parametrize("wanted", [True, False])

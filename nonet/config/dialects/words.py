@@ -97,7 +97,6 @@ _TABLE = (
     Word("num_gpu_blocks_override", VLLM, setting="num_blocks"),
     Word("kv_cache_dtype", VLLM, feature="a KV cache of another type than the model's", unless=("auto",), kind="text"),
     Word("quantization", VLLM, feature="quantised weights", unless=("none",), kind="text"),
-    Word("trust_remote_code", VLLM, feature="running a checkpoint's own code", unless=(False,), kind="switch"),
     Word("disable_log_requests", VLLM, feature="logging of requests", unless=(True,), kind="switch"),
     # -- TensorRT-LLM: ranks
     Word("tp", TRTLLM, setting="tensor_parallel_size"),

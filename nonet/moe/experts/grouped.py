@@ -34,7 +34,7 @@ class Grouped:
 
     def __call__(self, sent: Dispatched, weights: SlotWeights, takes: Takes) -> Tensor:
         counts = sent.count_S.tolist()
-        if not (cpu.handles(sent.x_ND) and weights.plain):
+        if not cpu.handles(sent.x_ND) or weights.gate_up_bias is not None or weights.activation != "silu":
             y_MD = _each(sent, weights, counts)
             return y_MD if takes == "pairs" else sum_pairs(y_MD, sent).to(y_MD.dtype)
         from nonet.kernels.cpu import rows
@@ -67,7 +67,7 @@ def _on_cpu(sent: Dispatched, weights: SlotWeights, counts: list[int], pool: Thr
     from nonet.kernels.cpu import experts
 
     total, C = sum(counts), bucket(max(counts, default=0))
-    if weights.stacked is not None and total:
+    if weights.stacked is not None and weights.scales is None and total:
         if experts.handles(total, weights.stacked):
             where = sent.row_M, sent.start_S, sent.count_S
             return experts.run_experts(sent.x_ND, *where, weights.stacked, counts, pool)
@@ -100,8 +100,9 @@ def _each_on_cpu(sent: Dispatched, weights: SlotWeights, counts: list[int]) -> T
     for slot, count in enumerate(counts):
         if count:
             x_CD = x_MD[start : start + bucket(count)]
-            act_1IC = experts.silu_and_multiply(torch.mm(weights.gate_up[slot], x_CD.t()).unsqueeze(0))
-            y_1DC = torch.mm(weights.down[slot], act_1IC[0]).unsqueeze(0)
+            gate_up, down = weights.matrices(slot, x_MD.dtype)
+            act_1IC = experts.silu_and_multiply(torch.mm(gate_up, x_CD.t()).unsqueeze(0))
+            y_1DC = torch.mm(down, act_1IC[0]).unsqueeze(0)
             rows.collect(y_1DC, sent.start_S[slot : slot + 1], sent.count_S[slot : slot + 1], y_MD)
             start += count
     return y_MD

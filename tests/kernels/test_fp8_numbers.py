@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nonet.kernels.fp8 import FP8, LARGEST, blocks_of, dequantize, quantize
+from nonet.kernels.fp8 import FP8, LARGEST, blocks_of, dequantize, dequantize_reference, quantize
 
 SHAPES = [(128, 128), (256, 384), (130, 257), (1, 1), (7, 300), (127, 129)]
 
@@ -92,3 +92,27 @@ def test_more_precise_than_one_factor_for_all():
         return float((dequantize(*quantize(weight, block), block, torch.float32) - weight)[128:].norm())
 
     assert error(128) < 0.5 * error(256)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiled_kernel_knows_all_numbers(dtype):
+    """Bit for bit as PyTorch: zeros of both signs, NaN, and numbers below the normal ones among them."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(4, 64).view(FP8)
+    scale = torch.tensor([[0.37, 1e-3, 250.0, 1e-6]])
+    want = dequantize_reference(numbers, scale, 16, (3, 0), torch.empty(4, 64, dtype=dtype))
+    got = dequantize(numbers, scale, 16, dtype, first=(3, 0))
+    assert int(got.isnan().sum()) == 2
+    bits = {torch.float32: torch.int32, torch.bfloat16: torch.int16}[dtype]
+    assert torch.equal(torch.where(got.isnan(), 7, got).view(bits), torch.where(want.isnan(), 7, want).view(bits))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("first", [(0, 0), (5, 0), (0, 15), (9, 3)])
+@pytest.mark.parametrize("shape", [(40, 50), (1, 1), (3, 200), (0, 5), (5, 0)])
+def test_the_compiled_kernel_is_the_specification(shape, first, dtype):
+    n, k = (-(-(size + skip) // 16) for size, skip in zip(shape, first, strict=True))
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.rand((n + 1, k), generator=generator)  # a row of factors too many, as of a part of a weight
+    numbers = (torch.randn(shape, generator=generator) * 100).to(FP8)
+    want = dequantize_reference(numbers, scale, 16, first, torch.empty(shape, dtype=dtype))
+    assert torch.equal(dequantize(numbers, scale, 16, dtype, first=first), want)
