@@ -139,14 +139,17 @@ class PythonBackend:
         self.decoder = "ByteLevel" if hasattr(tokenizer, "byte_decoder") else "Python"
 
     def encode(self, text: str, add_special_tokens: bool = True) -> Encoded:
-        """Raises TypeError for text that is not Unicode, as the library does."""
+        """Raises TypeError for text that is not Unicode, as the library does, RequestError where the code fails."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise TypeError(str(error)) from error
-        if add_special_tokens:  # the default, for which a class may have a way of its own
-            return Encoded(list(self._tokenizer.encode(text)))
-        return Encoded(list(self._tokenizer.encode(text, add_special_tokens=False)))
+        options = {} if add_special_tokens else {"add_special_tokens": False}  # classes may have a way without options
+        try:
+            return Encoded(list(self._tokenizer.encode(text, **options)))
+        except Exception as error:  # noqa: BLE001 - code of others
+            words = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise RequestError("prompt", text[:40], f"the model's own tokenizer fails: {words}") from error
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         hidden = self._special if skip_special_tokens else frozenset()

@@ -149,7 +149,11 @@ def test_a_variable(start, monkeypatch, variable, value, remedy):
     ("changes", "code", "line"),
     [
         ({"num_attention_heads": 0}, 3, "num_attention_heads = 0 must be a positive count"),
-        ({"quantization_config": {"bits": 4}}, 3, "quantization_config = {'bits': 4} is not supported; supported: "),
+        (
+            {"quantization_config": {"bits": 4}},
+            3,
+            "quantization_config.quant_method = None is not supported; supported: ",
+        ),
         ({"torch_dtype": "float8_e4m3fn", "dtype": None}, 2, "dtype = 'float8_e4m3fn': use one of: float32, bfloat16"),
         ({"num_experts": 0}, 3, "num_experts = 0 is not supported; supported: Mixture-of-Experts models"),
     ],
@@ -210,7 +214,8 @@ def _truncated(folder: Path) -> None:
 
 
 def _no_shard(folder: Path) -> None:
-    index = {"weight_map": {"model.embed_tokens.weight": "model-00001-of-00002.safetensors"}}
+    names = load_file(TINY / "model.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00002.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from oracle import folder
 from small_tokenizers import END, START, TEXT, byte_fallback, single_bytes, trained
 
 from nonet import LLM, SamplingParams
+from nonet.bench.words import Words
 from nonet.engine.tokenizer import Tokenizer
 from nonet.errors import ConfigError, ModelError, RequestError
 from nonet.server.pieces import Pieces
@@ -239,6 +241,16 @@ def test_code_that_is_trusted_reads_and_writes_text(with_code):
     assert [Pieces(tokenizer.backend).bytes_of(token, BAD) for token in tokens[3:5]] == [[0xC3], [0xA4]]
     with pytest.raises(RequestError, match="not valid Unicode"):
         tokenizer.encode("a\ud83d")
+    with pytest.raises(RequestError, match="prompt = 'é': the model's own tokenizer fails: ValueError: '<0xA9>'"):
+        tokenizer.encode("é")
+
+
+def test_benchmarks_make_texts_with_it(with_code):
+    words = Words(Tokenizer(str(with_code), trust_remote_code=True))
+    assert words.count(WORDS) == len(WORDS.encode())
+    plain = [token for token in words.ids(np.random.default_rng(0), 200) if token < 96]
+    text, count = words.text(plain)
+    assert len(text) == count == len(plain) > 100
 
 
 def test_a_model_with_code_for_a_tokenizer_is_served_only_if_that_is_trusted(with_code):
