@@ -31,10 +31,10 @@ FLOORS: list[set[str]] = [
     {"config"},
     {"plugins", "openai"},
     {"types", "kernels"},
-    {"errors"},
+    {"errors", "compiled"},
 ]
 
-TORCH_FREE = {"eplb", "schedule", "launch", "config", "plugins", "errors", "types", "proxy", "openai"}
+TORCH_FREE = {"eplb", "schedule", "launch", "config", "plugins", "errors", "compiled", "types", "proxy", "openai"}
 
 
 @cache

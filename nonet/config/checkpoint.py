@@ -224,6 +224,13 @@ def _spec(folder: Path, raw: dict[str, Any]) -> ModelSpec:
     )
 
 
+def width(spec: ModelSpec, key: str) -> int:
+    """A size that only some models have, for families: must be there and positive. Raises ModelError."""
+    value = spec.raw.get(key)
+    require(spec, isinstance(value, int) and value > 0, key, value, "a positive width")
+    return int(spec.raw[key])
+
+
 def _count(raw: dict[str, Any], key: str) -> int:
     """A size that must be given and positive."""
     value = raw[key]
@@ -236,7 +243,10 @@ def _moe_layers(raw: dict[str, Any], layers: int) -> tuple[int, ...]:
     """By the keys of any family: Llama 4 lists them or gives a step, DeepSeek begins with dense layers, Qwen leaves out
     those of `mlp_only_layers`; steps count from 1, but for DeepSeek's `moe_layer_freq`."""
     if raw.get("moe_layers") is not None:
-        return tuple(int(layer) for layer in raw["moe_layers"])
+        listed = tuple(int(layer) for layer in raw["moe_layers"])
+        if any(not 0 <= layer < layers for layer in listed):
+            raise ValueError(f"moe_layers = {raw['moe_layers']!r} must name layers 0 to {layers - 1}")
+        return listed
     step = int(raw.get("decoder_sparse_step") or raw.get("interleave_moe_layer_step") or 1)
     first, every = int(raw.get("first_k_dense_replace") or 0), int(raw.get("moe_layer_freq") or 1)
     dense = set(raw.get("mlp_only_layers") or ())

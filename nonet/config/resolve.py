@@ -146,6 +146,8 @@ def _moe(config: EngineConfig, spec: ModelSpec, notes: list[Note]) -> MoeConfig:
         update["expert_backend"] = "grouped"
     else:
         plugins.check("nonet.moe.experts", moe.expert_backend, "expert_backend")
+    if moe.expert_backend == "triton" and config.parallel.device != "cuda":
+        raise ConfigError("expert_backend", "triton", "runs on GPUs; use auto or grouped")
     if moe.combine == "exact":
         if moe.expert_backend not in ("auto", "reference"):
             remedy = "combine = exact computes with the reference; use auto or reference"

@@ -181,7 +181,7 @@ class Core:
             case m.GetStats():
                 self.mail.send(message.front_end, self.stats(message.number))
                 if message.reset_load:
-                    self.worker.load.count_LE.zero_()
+                    self.worker.reset_load()
             case m.Stop():
                 self.stopping = True
 

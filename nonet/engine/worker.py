@@ -149,10 +149,13 @@ class Worker:
             return b""
         now_LE = self.load.count_LE.cpu().numpy()
         news_LE = now_LE - self._told_LE
-        if (news_LE < 0).any():  # the counter was set to zero in between
-            news_LE = now_LE
         self._told_LE = now_LE.copy()
         return news_LE.tobytes()
+
+    def reset_load(self) -> None:
+        """Count from zero again; what was not told yet still will be."""
+        self._told_LE -= self.load.count_LE.cpu().numpy()
+        self.load.count_LE.zero_()
 
     def learn(self, news: Sequence[bytes]) -> None:
         """Everyone's news of one step."""

@@ -24,6 +24,7 @@ class Vocabulary:
         self.rows = split_evenly(vocab_size, tp.size)
         bounds = (0, *accumulate(self.rows))
         self.first, self.end = bounds[tp.rank], bounds[tp.rank + 1]
+        checkpoint.at_most(name, 0, vocab_size)
         self.table = checkpoint.read(name, rows=(self.first, self.end))
         self._head: Weight | None = None
 

@@ -41,6 +41,7 @@ class DenseMlp:
 
     def __init__(self, checkpoint: Checkpoint, prefix: str, intermediate_size: int, tp: Group) -> None:
         self.tp = tp
+        checkpoint.at_most(f"{prefix}.gate_proj.weight", 0, intermediate_size)
         self.slice = GatedMlp(checkpoint, prefix, span_of(intermediate_size, tp.size, tp.rank))
 
     def forward(self, x_tD: Tensor, rows: tuple[int, ...]) -> Tensor:

@@ -89,11 +89,11 @@ def moe_layer(
     *,
     gate: Callable[[Tensor], Tensor],
     rule: Rule,
-    fill: Callable[[Sequence[int], Range], SlotWeights],
+    fill: Callable[[Sequence[int], Range, int], SlotWeights],
     shared: Callable[[Tensor], Tensor] | None = None,
     weighs_input: bool = False,
 ) -> Feed:
-    """The experts of model layer `index`. `fill` makes slots of these experts with this part of their width.
+    """The experts of model layer `index`. `fill` makes slots of (experts, part of their width, their whole width).
 
     gate: rows to router logits; shared: the shared expert on this rank's rows, if there is one; weighs_input: the
     router's weight scales what an expert gets, not what it gives.
@@ -108,6 +108,8 @@ def moe_layer(
     if moe.routing_simulation:
         seed = parts.config.model.seed + parts.ep.rank * spec.num_layers + index
         rule = simulated(moe.routing_simulation, spec.num_experts, spec.top_k, parts.ep.size, seed)
+    slots = fill(experts, span, spec.moe_intermediate_size)
+    parts.experts.check(slots)
     layer = MoeLayer(
         index=ordinal,
         gate=gate,
@@ -116,7 +118,7 @@ def moe_layer(
         load=parts.load,
         all2all=parts.all2all,
         experts=parts.experts,
-        slots=fill(experts, span),
+        slots=slots,
         max_rows=parts.max_rows,
         shared=shared,
         weighs_input=weighs_input,

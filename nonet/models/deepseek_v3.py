@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nonet.config.checkpoint import ModelSpec, require, rope_parameters
+from nonet.config.checkpoint import ModelSpec, require, rope_parameters, width
 from nonet.layers.mla import LatentAttention, LatentShape
 from nonet.layers.mlp import GatedMlp
 from nonet.layers.rope import rope_of, yarn_mscale
@@ -106,7 +106,7 @@ def _layer(parts: Parts, index: int, shape: LatentShape) -> Layer:
     attention = LatentAttention(parts.checkpoint, f"{prefix}.self_attn", heads=heads, shape=shape)
     if index in spec.moe_layers:
         return Layer(parts, prefix, attention, _experts(parts, index, f"{prefix}.mlp"))
-    return Layer(parts, prefix, attention, dense_mlp(parts, f"{prefix}.mlp", int(spec.raw["intermediate_size"])))
+    return Layer(parts, prefix, attention, dense_mlp(parts, f"{prefix}.mlp", width(spec, "intermediate_size")))
 
 
 def _experts(parts: Parts, index: int, prefix: str) -> Feed:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from nonet.config.checkpoint import ModelSpec, require, rope_parameters
+from nonet.config.checkpoint import ModelSpec, require, rope_parameters, width
 from nonet.kernels.linear import linear, pack
 from nonet.layers.attention import Attention, Temperature
 from nonet.layers.mlp import GatedMlp
@@ -85,7 +85,7 @@ def _layer(parts: Parts, prefix: str, index: int, turned: bool, kind: str) -> La
     feed = f"{prefix}.feed_forward"
     if index in spec.moe_layers:
         return Layer(parts, prefix, attention, _experts(parts, index, feed))
-    return Layer(parts, prefix, attention, dense_mlp(parts, feed, int(raw["intermediate_size_mlp"])))
+    return Layer(parts, prefix, attention, dense_mlp(parts, feed, width(spec, "intermediate_size_mlp")))
 
 
 def _experts(parts: Parts, index: int, prefix: str) -> Feed:

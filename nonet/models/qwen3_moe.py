@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from nonet.config.checkpoint import width
 from nonet.kernels.linear import linear, pack
 from nonet.layers.attention import Attention
 from nonet.layers.rope import rope_of
@@ -38,7 +39,7 @@ def _layer(parts: Parts, index: int) -> Layer:
     )
     if index in spec.moe_layers:
         return Layer(parts, prefix, attention, _experts(parts, index, f"{prefix}.mlp"))
-    return Layer(parts, prefix, attention, dense_mlp(parts, f"{prefix}.mlp", int(spec.raw["intermediate_size"])))
+    return Layer(parts, prefix, attention, dense_mlp(parts, f"{prefix}.mlp", width(spec, "intermediate_size")))
 
 
 def _experts(parts: Parts, index: int, prefix: str) -> Feed:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from nonet.config.fleet import Fleet
 from nonet.kernels import cpu
 from nonet.weights.slots import SlotWeights
 
+HAS_TRITON = find_spec("triton") is not None  # comes with PyTorch for GPUs, mostly
 Takes = Literal["pairs", "rows"]
 
 
@@ -72,6 +74,10 @@ class All2All(Protocol):
 class Experts(Protocol):
     """Computes down(silu(gate(x)) * up(x)) for each pair. Built by a backend's `create()`."""
 
+    def check(self, weights: SlotWeights) -> None:
+        """Called with each layer's slots once they are loaded: raise ConfigError if they are of a kind not done."""
+        ...
+
     def __call__(self, sent: Dispatched, weights: SlotWeights, takes: Takes) -> Tensor:
         """y_MD (one unweighted row a pair), or y_ND (weighted, summed over this rank's slots in k order)."""
         ...
@@ -106,7 +112,7 @@ def gather_counts(group: Group, count_E: Tensor) -> Tensor:
 
 def group_by_slot(x_ND: Tensor, slot_NK: Tensor, weight_NK: Tensor, num_slots: int, ticket: object) -> Dispatched:
     """Sort the pairs of received rows by slot. This rank's slots are 0..S-1; whatever lies outside is elsewhere."""
-    if weight_NK.is_cuda:
+    if weight_NK.is_cuda and HAS_TRITON:
         from nonet.kernels.triton import grouping
 
         return Dispatched(x_ND, *grouping.group(slot_NK, weight_NK, num_slots), ticket)

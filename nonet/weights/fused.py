@@ -23,6 +23,7 @@ def fill_fused_slots(
     prefix: str,
     experts: Sequence[int],
     span: Range,
+    whole: int | None = None,
     *,
     interleaved: bool = False,
     activation: Activation = "silu",
@@ -30,13 +31,15 @@ def fill_fused_slots(
     """One slot for each of `experts`, in order, with the part `span` of their intermediate width I.
 
     `prefix.gate_up_proj` is [E, D, 2I], gate's columns before up's, or in turns if `interleaved`; `prefix.down_proj`
-    is [E, I, D]. Where `prefix.gate_up_proj_bias` [E, 2I] is there, so is `prefix.down_proj_bias` [E, D]. Raises
-    ModelError if a tensor is missing or they do not fit together.
+    is [E, I, D]. Where `prefix.gate_up_proj_bias` [E, 2I] is there, so is `prefix.down_proj_bias` [E, D].
+    whole: I, as config.json says. Raises ModelError if a tensor is missing, larger, or they do not fit together.
     """
     if not experts:
         return SlotWeights((), (), activation=activation)
     both, back, width = f"{prefix}.gate_up_proj", f"{prefix}.down_proj", span[1] - span[0]
     E, D, twice = _dimensions(checkpoint, both)
+    if whole is not None:
+        checkpoint.at_most(both, 2, 2 * whole)
     has_bias, S = f"{both}_bias" in checkpoint, len(experts)
     shapes: dict[str, tuple[int, ...]] = {back: (E, twice // 2, D)}
     if has_bias:

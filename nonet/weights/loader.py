@@ -145,6 +145,12 @@ class Checkpoint:
             raise ModelError(f"{self.folder}: tensor {name!r} has shape {[*self.shape(name)]}, expected {list(shape)}")
         return self.read(name)
 
+    def at_most(self, name: str, axis: int, size: int) -> None:
+        """Of a tensor that is read in parts: raise ModelError if it is larger than config.json says."""
+        shape = self.shape(name)
+        if shape[axis : axis + 1] > (size,):
+            raise ModelError(f"{self.folder}: tensor {name!r} has shape {list(shape)}, too large for its config.json")
+
     def _spans(self, name: str, rows: Range | None, columns: Range | None, index: int | None) -> list[Range]:
         """First and last + 1 in each dimension that is left once `index` is taken. Raises ModelError."""
         shape = self.shape(name)

@@ -98,14 +98,18 @@ def per_expert(prefix: str, gate: str, up: str, down: str) -> Names:
     return names
 
 
-def fill_slots(checkpoint: Checkpoint, names: Names, experts: Sequence[int], span: Range) -> SlotWeights:
+def fill_slots(
+    checkpoint: Checkpoint, names: Names, experts: Sequence[int], span: Range, whole: int | None = None
+) -> SlotWeights:
     """One slot for each of `experts`, in order, with the part `span` of their intermediate width I.
 
-    Weights in FP8 stay in FP8, with their factors. Raises ModelError if a tensor is missing or an expert's three do
-    not fit together.
+    whole: I, as config.json says. Weights in FP8 stay in FP8, with their factors. Raises ModelError if a tensor is
+    missing, larger than that, or an expert's three do not fit together.
     """
     if not experts:
         return SlotWeights((), ())
+    for name in names(experts[0])[:2] if whole is not None else ():  # the others must be like it
+        checkpoint.at_most(name, 0, whole or 0)
     hidden, is_fp8 = _common([names(expert) for expert in experts], checkpoint)
     width, dtype = span[1] - span[0], FP8 if is_fp8 else checkpoint.dtype
     gate_up_SID = torch.empty((len(experts), 2 * width, hidden), dtype=dtype, device=checkpoint.device)

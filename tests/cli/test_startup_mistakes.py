@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -225,6 +225,17 @@ def _other_shape(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 9000}))
 
 
+def _smaller_than_stored(key: str, size: int) -> Callable[[Path], None]:
+    """config.json asks for less than the checkpoint holds: read as it says, it would be cut without a word."""
+
+    def spoil(folder: Path) -> None:
+        os.symlink(TINY / "model.safetensors", folder / "model.safetensors")
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, key: size}))
+
+    return spoil
+
+
 def _other_type(folder: Path) -> None:
     tensors = load_file(TINY / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].long()
@@ -238,9 +249,17 @@ def _other_type(folder: Path) -> None:
         (_no_shard, "{}/model-00001-of-00002.safetensors is missing, and this rank needs tensors from it"),
         (lambda folder: None, "{} holds neither model.safetensors nor model.safetensors.index.json"),
         (_other_shape, "{}: tensor 'model.embed_tokens.weight' has shape [8192, 256], too small for its config.json"),
+        (
+            _smaller_than_stored("vocab_size", 8000),
+            "{}: tensor 'model.embed_tokens.weight' has shape [8192, 256], too la",
+        ),
+        (
+            _smaller_than_stored("moe_intermediate_size", 32),
+            "{}: tensor 'model.layers.0.mlp.experts.0.gate_proj.weight'",
+        ),
         (_other_type, "{}/model.safetensors: tensor 'model.norm.weight' has dtype I64, which is not supported"),
     ],
-    ids=["truncated", "missing shard", "no weights", "wrong shape", "wrong dtype"],
+    ids=["truncated", "missing shard", "no weights", "wrong shape", "large vocabulary", "wide experts", "wrong dtype"],
 )
 def test_weights_that_a_rank_cannot_use(start, tmp_path, request, spoil, line):
     """The rank that found it says nothing itself, and the command ends with exit code 3."""

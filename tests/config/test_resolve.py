@@ -203,6 +203,8 @@ def test_backends_that_move_no_tokens_are_refused_with_expert_parallelism(refuse
 def test_an_unknown_backend_is_refused_also_where_none_is_needed(refused, settings):
     assert refused(**settings, all2all_backend="naiv") == "all2all_backend = 'naiv': did you mean 'naive'?"
     assert refused(**settings, expert_backend="refrence") == "expert_backend = 'refrence': did you mean 'reference'?"
+    wrong_place = refused(**settings, expert_backend="triton", device="cpu")
+    assert wrong_place == "expert_backend = 'triton': runs on GPUs; use auto or grouped"
 
 
 @pytest.mark.parametrize("name", ALL2ALL_ROLES)

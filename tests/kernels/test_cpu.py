@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nonet.compiled import drop_stale
 from nonet.kernels import cpu
 from nonet.kernels.cpu import attention, exchange, experts, norm, routing, rows
 from nonet.layers import attention as specified_attention
@@ -293,3 +294,23 @@ def test_without_a_folder_to_keep_them_kernels_are_compiled_each_time():
         "import torch; assert norm.rms_norm(torch.ones(1, 4), torch.ones(4), 0.0).tolist() == [[1.0] * 4]"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_what_was_compiled_before_a_change_is_dropped(tmp_path):
+    """Numba looks at a function's own file only, not at those whose functions it calls."""
+    (tmp_path / "__pycache__").mkdir()
+    source, old, new = tmp_path / "a.py", tmp_path / "__pycache__/old.nbi", tmp_path / "__pycache__/new.nbi"
+    for path, when in ((old, 100), (source, 200), (new, 300)):
+        path.write_text("")
+        os.utime(path, (when, when))
+    drop_stale(tmp_path)
+    assert (old.exists(), new.exists()) == (False, True)
+
+
+@pytest.mark.skipif(not experts.tiles.HAS_TILES, reason="needs AMX")
+def test_no_width_gives_zeros():
+    """A rank's slice of an expert may be empty: nothing is read there."""
+    row_M, start_S, count_S = torch.zeros(40, dtype=torch.int64), torch.tensor([0, 20]), torch.tensor([20, 20])
+    nothing = torch.zeros(2, 0, 64, dtype=torch.bfloat16), torch.zeros(2, 64, 0, dtype=torch.bfloat16)
+    y_MD = experts.run_experts(draw(1, 64, dtype=torch.bfloat16), row_M, start_S, count_S, nothing, [20, 20])
+    assert not y_MD.any()

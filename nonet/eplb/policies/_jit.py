@@ -1,16 +1,22 @@
 """How the planner's inner loops are compiled: cached on disk, and the same result on every machine.
 
 Without fastmath: every rank may plan for itself, so sums keep their order and no multiplication is fused with an
-addition. A cached function does not see that a function of another file which it calls has changed.
+addition. A cached function does not see that a function of another file which it calls has changed, so
+what is older than any file here is dropped.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from numba import njit
+
+from nonet.compiled import drop_stale
+
+drop_stale(Path(__file__).parent, Path(__file__).parent.parent)
 
 F = TypeVar("F", bound=Callable[..., Any])
 

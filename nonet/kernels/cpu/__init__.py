@@ -7,9 +7,15 @@ Compiled for both types when first imported, and kept on disk from then on.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor
+
+from nonet.compiled import drop_stale
+
+drop_stale(Path(__file__).parent)
 
 
 def handles(x: Tensor) -> bool:

@@ -29,8 +29,8 @@ def handles(pairs: int, weights: tuple[Tensor, Tensor]) -> bool:
 
 
 def _fit_tiles(weights: tuple[Tensor, Tensor]) -> bool:
-    depths = (weight.shape[2] for weight in weights)
-    return tiles.HAS_TILES and weights[0].dtype == torch.bfloat16 and not any(depth % DEPTH for depth in depths)
+    whole = all(weight.shape[2] and weight.shape[2] % DEPTH == 0 for weight in weights)
+    return whole and tiles.HAS_TILES and weights[0].dtype == torch.bfloat16
 
 
 def run_experts(

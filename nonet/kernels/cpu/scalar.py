@@ -104,7 +104,7 @@ def order(value):
 
 @njit(inline="always")
 def exp(x):
-    """e ** x in float32, to about two units in the last place (polynomial of Cephes' expf); 0 below -87."""
+    """e ** x in float32, to about two units in the last place (polynomial of Cephes' expf); below -87 as at -87."""
     x = max(min(x, np.float32(88.0)), np.float32(-87.0))
     n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
     r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)

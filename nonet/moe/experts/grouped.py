@@ -32,6 +32,9 @@ class Grouped:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1) if torch.get_num_threads() > 1 else None  # beside this thread, on CPUs
 
+    def check(self, weights: SlotWeights) -> None:
+        """All kinds."""
+
     def __call__(self, sent: Dispatched, weights: SlotWeights, takes: Takes) -> Tensor:
         counts = sent.count_S.tolist()
         if not cpu.handles(sent.x_ND) or weights.gate_up_bias is not None or weights.activation != "silu":

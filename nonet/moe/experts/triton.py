@@ -34,6 +34,11 @@ class TritonExperts:
     def __init__(self) -> None:
         self._known: dict[int, _Addresses] = {}
 
+    def check(self, weights: SlotWeights) -> None:
+        if not weights.plain:
+            remedy = "has no biases, scales or other activations yet; use grouped"
+            raise ConfigError("expert_backend", "triton", remedy)
+
     def __call__(self, sent: Dispatched, weights: SlotWeights, takes: Takes) -> Tensor:
         x_ND, (two_I, D) = sent.x_ND, weights.gate_up[0].shape
         own = self._addresses(weights)
@@ -45,9 +50,7 @@ class TritonExperts:
     def _addresses(self, weights: SlotWeights) -> _Addresses:
         known = self._known.get(id(weights))
         if known is None:
-            if not weights.plain:
-                remedy = "has no biases, scales or other activations yet; use grouped"
-                raise ConfigError("expert_backend", "triton", remedy)
+            self.check(weights)
             tables = (
                 torch.tensor([w.data_ptr() for w in part], dtype=torch.int64, device=part[0].device)
                 for part in (weights.gate_up, weights.down)
