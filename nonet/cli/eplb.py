@@ -105,6 +105,10 @@ def plan(
     iter_start: IterStart = None,
     iter_stop: IterStop = None,
     nodes: Annotated[int, typer.Option("--nodes", min=1, help="Nodes that the ranks stand on, equally many each.")] = 1,
+    num_groups: Annotated[
+        int | None,
+        typer.Option("--num_groups", min=1, help="Groups of experts that the router picks few of, to keep on a node."),
+    ] = None,
     policy: Annotated[str, typer.Option("--policy", help="A file in nonet/eplb/policies; default is nonet.")] = "nonet",
     dispatch: Annotated[
         str, typer.Option("--dispatch", help="How tokens will be shared among replicas: even or waterfill.")
@@ -146,7 +150,9 @@ def plan(
     load = statistics.load()
     if not samples:
         load = load.sum(axis=0)
-    found = plan_for(load, fleet, policy=policy, dispatch=dispatch, current=before, max_moves=max_moves)
+    found = plan_for(
+        load, fleet, policy=policy, dispatch=dispatch, current=before, max_moves=max_moves, num_groups=num_groups
+    )
     lines = _summary(found, statistics)
     text = render(found.placement, statistics.layers, layer_updates_per_iter, lines)
     write_text(output_path, text, "--output_path")

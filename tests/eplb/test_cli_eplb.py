@@ -188,6 +188,19 @@ def test_other_ranks_and_slots(cli, tmp_path):
     assert tree["num_slots"] == 16, "a slot an expert need not divide: nonet serves it as it is"
 
 
+def test_groups_of_experts_stay_on_a_node(cli, tmp_path):
+    """Slots 0 to 11 are the first node's: with groups, DeepSeek's policy puts no group on both."""
+    record(tmp_path / "recorded", PLAIN)
+
+    def split(*more: object) -> int:
+        words = ("--ep_size", 4, "--num_slots", 24, "--nodes", 2, *more)
+        rows = planned(cli, tmp_path, *words, policy="deepseek")[0]["initial_global_assignments"].values()
+        return sum(len({e // 4 for e in row[:12]} & {e // 4 for e in row[12:]}) for row in rows)
+
+    assert split("--num_groups", 4) == 0
+    assert split() > 0
+
+
 def test_a_plan_for_shares_by_load_predicts_their_imbalance(cli, tmp_path):
     record(tmp_path / "recorded", PLAIN)
     even, filled = (
