@@ -57,6 +57,11 @@ class Group:
         """Count collectives where the others can see it, so that a time-out can name who is missing."""
         self._roll = words
 
+    @property
+    def process_group(self) -> Any:
+        """PyTorch's own object; of several ranks."""
+        return self._handle
+
     def _start(self, what: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[[], None]:
         """Enter a collective; the returned function waits for it."""
         self.calls += 1

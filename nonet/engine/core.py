@@ -254,6 +254,7 @@ class Core:
         """Draw a token for each sequence, append it, and finish those that end with it."""
         sequences = [sequence for sequence, _ in sampling]
         tokens = self.sampler.sample(logits, sequences)
+        self.worker.all2all.check()  # nothing is sent that was computed without a late rank
         wanting = [b for b, sequence in enumerate(sequences) if sequence.params.logprobs is not None]
         entries: dict[int, list[m.TokenLogprob]] = {}
         if wanting:

@@ -63,7 +63,14 @@ class Worker:
         experts = plugins.load("nonet.moe.experts", config.moe.expert_backend, "expert_backend")
         self.all2all = all2all.create(
             All2AllSpec(
-                world.ep, fleet, spec.top_k, spec.hidden_size, self.dtype, max_rows, config.moe.combine == "exact"
+                world.ep,
+                fleet,
+                spec.top_k,
+                spec.hidden_size,
+                self.dtype,
+                max_rows,
+                exact=config.moe.combine == "exact",
+                fp8=config.moe.fp8_dispatch,
             )
         )
         rule = config.moe.load_balancer.replica_dispatch

@@ -29,7 +29,7 @@ def quantize(weight_NK: Tensor, block: int) -> tuple[Tensor, Tensor]:
     for n in range(len(scale_nk)):
         rows = slice(n * block, (n + 1) * block)
         part_bkb = torch.nn.functional.pad(weight_NK[rows].float(), (0, over)).unflatten(1, (-1, block))
-        scale_nk[n] = part_bkb.abs().amax(dim=(0, 2)).clamp(min=_LEAST) / LARGEST
+        scale_nk[n] = _factor(part_bkb.abs().amax(dim=(0, 2)))
         part_bkb = (part_bkb / scale_nk[n].unsqueeze(1)).clamp(-LARGEST, LARGEST)
         out[rows] = part_bkb.flatten(1)[:, :K].to(FP8)
     if not scale_nk.isfinite().all():
@@ -79,3 +79,26 @@ def dequantize_reference(
 def blocks_of(span: tuple[int, int], block: int) -> tuple[int, int]:
     """The blocks that a span touches, first and last + 1."""
     return span[0] // block, -(-span[1] // block)
+
+
+ROW_BLOCK = 128  # numbers of a row that share a factor
+
+
+def quantize_rows(x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """(e4m3 [N, D], float32 factors [N, D / 128]): the largest of each 128 numbers of a row becomes 448.
+
+    As DeepSeek-V3 sends activations (arXiv:2412.19437, section 3.3). D is a multiple of 128.
+    """
+    part_Ndb = x_ND.float().unflatten(1, (-1, ROW_BLOCK))
+    scale_Nd = _factor(part_Ndb.abs().amax(dim=2))
+    return (part_Ndb / scale_Nd.unsqueeze(2)).flatten(1).to(FP8), scale_Nd
+
+
+def dequantize_rows(x_ND: Tensor, scale_Nd: Tensor, dtype: torch.dtype) -> Tensor:
+    """[N, D] in `dtype`: the product is taken in float32 and rounded once."""
+    return (x_ND.float().unflatten(1, (-1, ROW_BLOCK)) * scale_Nd.unsqueeze(2)).flatten(1).to(dtype)
+
+
+def _factor(largest: Tensor) -> Tensor:
+    """By a tensor: on GPUs PyTorch divides by a number as it multiplies by the inverse, a last bit off."""
+    return largest.clamp(min=_LEAST) / largest.new_full((), LARGEST)

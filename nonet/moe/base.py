@@ -8,8 +8,7 @@ R expert-parallel ranks, I expert intermediate.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -17,10 +16,10 @@ from torch import Tensor
 
 from nonet.comm.group import Group, Pending
 from nonet.config.fleet import Fleet
-from nonet.kernels import cpu
+from nonet.kernels import cpu, fp8
+from nonet.kernels import triton as gpu
 from nonet.weights.slots import SlotWeights
 
-HAS_TRITON = find_spec("triton") is not None  # comes with PyTorch for GPUs, mostly
 Takes = Literal["pairs", "rows"]
 
 
@@ -39,6 +38,21 @@ class Dispatched:
     start_S: Tensor  # int64
     count_S: Tensor  # int64
     ticket: object  # the backend's own, read only by its combine
+    out: Tensor | None = None  # [N, D]: sums of a row that experts lay here, combine need not copy
+    scale_Nd: Tensor | None = None  # float32: x_ND is e4m3, with a factor for each 128 columns of a row
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's: rows of bfloat16 models alone travel in FP8."""
+        return self.x_ND.dtype if self.scale_Nd is None else torch.bfloat16
+
+    def rows(self) -> Tensor:
+        """x_ND as numbers of the model's type."""
+        return self.x_ND if self.scale_Nd is None else fp8.dequantize_rows(self.x_ND, self.scale_Nd, self.dtype)
+
+    def plain(self) -> Dispatched:
+        """The same without FP8, for experts that do not take it."""
+        return self if self.scale_Nd is None else replace(self, x_ND=self.rows(), scale_Nd=None)
 
 
 class All2All(Protocol):
@@ -64,6 +78,10 @@ class All2All(Protocol):
 
     def gather_counts(self, count_E: Tensor) -> Tensor:
         """int64 [R, E] on the host: every rank's counts of this step. Entered by all ranks, before they dispatch."""
+        ...
+
+    def check(self) -> None:
+        """Raise CommTimeout if a wait on the device gave up on a rank. Called once a step's results are on the host."""
         ...
 
     def close(self) -> None:
@@ -94,6 +112,7 @@ class All2AllSpec:
     dtype: torch.dtype
     max_rows: int
     exact: bool  # one row a pair, summed in k order in float32 at the token's own rank
+    fp8: bool = False  # rows travel in FP8, with a factor for each 128 numbers
 
     @property
     def first_slot(self) -> int:
@@ -112,7 +131,7 @@ def gather_counts(group: Group, count_E: Tensor) -> Tensor:
 
 def group_by_slot(x_ND: Tensor, slot_NK: Tensor, weight_NK: Tensor, num_slots: int, ticket: object) -> Dispatched:
     """Sort the pairs of received rows by slot. This rank's slots are 0..S-1; whatever lies outside is elsewhere."""
-    if weight_NK.is_cuda and HAS_TRITON:
+    if gpu.handles(weight_NK):
         from nonet.kernels.triton import grouping
 
         return Dispatched(x_ND, *grouping.group(slot_NK, weight_NK, num_slots), ticket)

@@ -238,6 +238,8 @@ def main(place: Place, payload: dict[str, Any]) -> None:
     """A rank's life: join, then run what comes until told to leave."""
     if payload["device"] == "cpu":  # what a GPU's libraries warn of is not ours to mend
         warnings.simplefilter("error")
+        # NumPy's, of how Triton's interpreter reads scalars
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"triton\.runtime\.interpreter")
     torch.set_num_threads(1)
     context = zmq.Context()
     inbox: zmq.Socket[bytes] = context.socket(zmq.PULL)

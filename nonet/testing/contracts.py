@@ -24,6 +24,7 @@ from nonet.comm.group import Group
 from nonet.comm.world import World
 from nonet.config.fleet import Fleet, split_evenly
 from nonet.eplb.placement import Placement
+from nonet.kernels.fp8 import FP8, LARGEST, ROW_BLOCK, dequantize_rows, quantize_rows
 from nonet.moe.all2all import local
 from nonet.moe.base import All2All, All2AllSpec, Dispatched
 from nonet.moe.experts import grouped, reference
@@ -31,6 +32,7 @@ from nonet.moe.lookup import Even
 from nonet.testing.routing import Imbalanced, Kind, Tokens, tokens
 from nonet.weights.slots import SlotWeights
 
+FP8_TOO = frozenset({"nvlink_high_throughput", "nvlink_low_latency"})
 ONCE_A_RANK = frozenset({"all2allv", "shm"})  # these send a token only where it is needed; the others show all rows
 _TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3}  # of the largest value
 _WILD = 2**40  # an index that no one may use
@@ -51,6 +53,8 @@ class Case:
     skew: bool = False  # ranks stop for a moment at random
     hidden_size: int = 32
     intermediate: int = 16
+    fp8: bool = False  # rows travel so
+    on_grid: bool = False  # rows lose nothing by it
     seed: int = 1
 
 
@@ -98,6 +102,10 @@ def cases(name: str, size: int) -> dict[str, Case]:
         "exact float16": Case(uneven, exact=True, dtype="float16"),
         "exact none": Case(none, exact=True),
     }
+    if name in FP8_TOO:
+        wide = Case(uneven, hidden_size=256, dtype="bfloat16", top_k=3, fp8=True)
+        out |= {"fp8 rounded": wide, "fp8": replace(wide, on_grid=True), "fp8 none": replace(wide, rows=none)}
+        out["fp8 dropped"] = replace(wide, on_grid=True, routing="dropped")
     if name == "tensor":  # holds every expert in order, in slices
         return {n: c for n, c in out.items() if not (c.exact or c.scrambled or c.num_slots)}
     return out
@@ -146,6 +154,7 @@ class _Layer:
             dtype=self.dtype,
             max_rows=max(1, *map(max, case.rows)),
             exact=case.exact,
+            fp8=case.fp8,
         )
         self.kernel = reference.create() if case.exact else grouped.create()
         self.weights = self._own_weights()
@@ -196,6 +205,9 @@ class _Layer:
         counts = tuple(len(t.x_TD) for t in seen)
         sent = backend.dispatch(own.x_TD, slots[self.group.rank], own.weight_TK, counts).wait()
         self._check_received(sent, slots)
+        if case.fp8:
+            self._check_fp8(sent, inputs, slots)
+            own = replace(own, x_TD=dequantize_rows(*quantize_rows(own.x_TD), self.dtype))
         if hasattr(backend, "poison"):
             backend.poison()
         sent = _poison(sent)
@@ -211,6 +223,7 @@ class _Layer:
         assert worst <= _TOLERANCE[case.dtype] * max(1.0, float(want.abs().max()) if len(want) else 0), (
             f"{where}: off by {worst}"
         )
+        backend.check()
         assert not result[(own.expert_TK < 0).all(dim=1)].any(), f"{where}: padding did not give zero"
         if case.exact:
             alone = self._alone(own)
@@ -230,6 +243,9 @@ class _Layer:
             home=self.home,
             dtype=self.dtype,
         )
+        if case.on_grid:
+            made.x_TD[:] = (made.x_TD * 40).to(FP8)
+            made.x_TD[:, ::ROW_BLOCK] = LARGEST
         return Tokens(made.x_TD.to(self.device), made.expert_TK.to(self.device), made.weight_TK.to(self.device))
 
     def _slots(self, given: Tokens, rank: int) -> Tensor:
@@ -251,6 +267,17 @@ class _Layer:
         assert read == rows, f"{self.name}: {read} rows are read, expected {rows}"
         if self.name in ONCE_A_RANK:
             assert len(sent.x_ND) == rows, f"{self.name}: {len(sent.x_ND)} rows came, expected {rows}"
+
+    def _check_fp8(self, sent: Dispatched, inputs: list[Tokens], slots: list[Tensor]) -> None:
+        """Rows that are read have the very numbers and factors of the specification."""
+        assert sent.scale_Nd is not None, f"{self.name}: no factors"
+        first, last = self.spec.first_slot, self.spec.first_slot + self.spec.num_slots
+        slot_NK = torch.cat(slots)
+        here_N = ((slot_NK >= first) & (slot_NK < last)).any(dim=1)
+        read = sent.row_M[: int(sent.count_S.sum())].unique()
+        want = quantize_rows(torch.cat([given.x_TD for given in inputs])[here_N])
+        got = sent.x_ND.view(torch.uint8)[read], sent.scale_Nd[read]
+        assert _bytes_of(*got) == _bytes_of(want[0].view(torch.uint8), want[1]), f"{self.name}: not the same FP8"
 
     def _alone(self, own: Tokens) -> Tensor:
         """The exact result by the local backend, which moves nothing: all experts in order on one rank."""
@@ -277,15 +304,23 @@ def _stack(gate_up: Sequence[Tensor], down: Sequence[Tensor]) -> SlotWeights:
     return SlotWeights.adjoining(torch.stack(list(gate_up)), torch.stack(list(down))) if down else SlotWeights((), ())
 
 
+def _bytes_of(x_ND: Tensor, scale_Nd: Tensor) -> list[bytes]:
+    """Rows with their factors, in an order that does not depend on who brought them."""
+    both = zip(x_ND.cpu(), scale_Nd.cpu(), strict=True)
+    return sorted(x_D.numpy().tobytes() + scale_d.numpy().tobytes() for x_D, scale_d in both)
+
+
 def _poison(sent: Dispatched) -> Dispatched:
     """The same, with NaN in every row that no pair reads and wild values in every place past the pairs."""
     total = int(sent.count_S.sum())
     unread_N = torch.ones(len(sent.x_ND), dtype=torch.bool, device=sent.x_ND.device)
     unread_N[sent.row_M[:total]] = False
     past_M = torch.arange(len(sent.row_M), device=sent.row_M.device) >= total
+    x_ND = sent.x_ND.clone()  # bytes of ones are NaN in every type
+    x_ND.view(torch.uint8)[unread_N] = 255
     return replace(
         sent,
-        x_ND=sent.x_ND.masked_fill(unread_N.unsqueeze(1), torch.nan),
+        x_ND=x_ND,
         row_M=sent.row_M.masked_fill(past_M, _WILD),
         weight_M=sent.weight_M.masked_fill(past_M, torch.nan),
     )

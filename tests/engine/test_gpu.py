@@ -12,11 +12,12 @@ import nonet
 from nonet import LLM, ConfigError, SamplingParams
 from nonet.testing.equality import check_equality
 
+BACKENDS = ["allgather_reducescatter", "naive", "all2allv", "nvlink_low_latency", "nvlink_high_throughput", "off"]
 TINY = str(Path(nonet.__file__).parent / "assets" / "nonet-tiny")
 
 
 @pytest.mark.gpus(2)
-@pytest.mark.parametrize("backend", ["allgather_reducescatter", "naive", "all2allv", "off"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("tp", "dp"), [(1, 2), (2, 1)])
 def test_tokens_equal_transformers(tp, dp, backend):
     settings = {} if backend == "off" else {"enable_expert_parallel": True, "all2all_backend": backend}
@@ -45,11 +46,12 @@ def test_one_gpu_alone(experts):
 
 
 @pytest.mark.gpus(2)
+@pytest.mark.parametrize("backend", ["allgather_reducescatter", "nvlink_low_latency"])
 @pytest.mark.parametrize("rule", ["even", "waterfill", "waterfill-average"])
-def test_replicas_and_grouped_products_on_two_gpus(rule):
+def test_replicas_and_grouped_products_on_two_gpus(rule, backend):
     with LLM(
         "nonet-tiny", dtype="float32", device="cuda", data_parallel_size=2, enable_expert_parallel=True,
-        all2all_backend="allgather_reducescatter", expert_backend="triton", num_slots=36, replica_dispatch=rule,
+        all2all_backend=backend, expert_backend="triton", num_slots=36, replica_dispatch=rule,
         max_num_batched_tokens=256, max_num_seqs=16, gpu_memory_utilization=0.3,
     ) as llm:  # fmt: skip
         prompts = [text[:400] for texts in KINDS.values() for text in texts[:2]]

@@ -25,6 +25,7 @@ from nonet.testing.routing import KINDS
 
 NAMES = plugins.names("nonet.moe.all2all")
 CPU_ONLY = {"shm"}
+GPU_ONLY = {name for name in NAMES if name.startswith("nvlink_")}  # on CPUs test_nvlink runs them, in the interpreter
 MOVERS = [name for name in NAMES if name not in ("local", "tensor")]  # they give the same bits with combine: exact
 TWO_GPUS = pytest.mark.gpus(2)
 
@@ -41,7 +42,7 @@ def all_cases() -> list:
     out = []
     for name in NAMES:
         for device, size, marks in (("cpu", 4, ()), ("cuda", 2, TWO_GPUS)):
-            if device == "cuda" and name in CPU_ONLY:
+            if name in (CPU_ONLY if device == "cuda" else GPU_ONLY):
                 continue
             out += [
                 pytest.param(name, device, size, case, marks=marks, id=f"{name}-{device}-{label}")
@@ -55,7 +56,7 @@ def test_contract(pools, name: str, device: str, size: int, case: Case):
     settled(pools.get(size, device).run(check_all2all, name, case))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in GPU_ONLY])
 def test_five_hundred_passes_back_to_back(cluster4: Cluster, name: str):
     settled(cluster4.run(check_all2all, name, soak(name, 4, 500)))
 
@@ -71,7 +72,7 @@ def test_many_passes_back_to_back_on_gpus(pools, name: str):
 def test_exact_gives_the_same_bits_under_every_backend_and_placement(pools, device: str, size: int, dtype: str):
     """The suite compares with the local backend; here all results are compared with each other, too."""
     cluster, digests = pools.get(size, device), {}
-    for name in [n for n in MOVERS if device == "cpu" or n not in CPU_ONLY]:
+    for name in [n for n in MOVERS if n not in (GPU_ONLY if device == "cpu" else CPU_ONLY)]:
         for slots, scrambled in ((8, False), (8, True), (11, True)):
             case = Case(((5, 9, 0, 3)[:size],), exact=True, dtype=dtype, num_slots=slots, scrambled=scrambled, top_k=3)
             digests[name, slots, scrambled] = [r.digest for r in settled(cluster.run(check_all2all, name, case))]
@@ -82,7 +83,7 @@ def test_exact_gives_the_same_bits_under_every_backend_and_placement(pools, devi
 
 @st.composite
 def any_case(draw: st.DrawFn, size: int = 2) -> tuple[str, Case]:
-    name = draw(st.sampled_from(NAMES))
+    name = draw(st.sampled_from([name for name in NAMES if name not in GPU_ONLY]))
     num_experts = draw(st.integers(1, 9))
     plain = name == "tensor"
     exact = not plain and draw(st.booleans())
@@ -155,5 +156,5 @@ def refused_on_gpu(world: World) -> str:
 
 @pytest.mark.gpus(2)
 def test_shm_refuses_gpus(pools):
-    said = "all2all_backend = 'shm': moves CPU tensors; on GPUs use allgather_reducescatter"
+    said = "all2all_backend = 'shm': moves CPU tensors; on GPUs use nvlink_low_latency"
     assert pools.get(2, "cuda").run(refused_on_gpu) == [said] * 2

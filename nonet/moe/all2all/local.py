@@ -38,5 +38,8 @@ class Local:
     def gather_counts(self, count_E: Tensor) -> Tensor:
         return count_E.unsqueeze(0).cpu()
 
+    def check(self) -> None:
+        pass
+
     def close(self) -> None:
         pass

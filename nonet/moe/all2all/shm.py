@@ -31,7 +31,7 @@ from nonet.moe.base import All2All, All2AllSpec, Dispatched, Takes
 
 def create(spec: All2AllSpec) -> All2All:
     if spec.group.device.type != "cpu":
-        raise ConfigError("all2all_backend", "shm", "moves CPU tensors; on GPUs use allgather_reducescatter")
+        raise ConfigError("all2all_backend", "shm", "moves CPU tensors; on GPUs use nvlink_low_latency")
     return SharedMemory(spec)
 
 
@@ -130,6 +130,9 @@ class SharedMemory:
 
     def gather_counts(self, count_E: Tensor) -> Tensor:
         return torch.from_numpy(self._board.exchange(count_E.numpy()))
+
+    def check(self) -> None:
+        pass
 
     def close(self) -> None:
         pass

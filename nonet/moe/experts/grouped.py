@@ -36,6 +36,7 @@ class Grouped:
         """All kinds."""
 
     def __call__(self, sent: Dispatched, weights: SlotWeights, takes: Takes) -> Tensor:
+        sent = sent.plain()
         counts = sent.count_S.tolist()
         if not cpu.handles(sent.x_ND) or weights.gate_up_bias is not None or weights.activation != "silu":
             y_MD = _each(sent, weights, counts)

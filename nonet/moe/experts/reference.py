@@ -28,6 +28,7 @@ class Reference:
         """All kinds."""
 
     def __call__(self, sent: Dispatched, weights: SlotWeights, takes: Takes) -> Tensor:
+        sent = sent.plain()
         y_MD = torch.zeros((sent.row_M.shape[0], sent.x_ND.shape[1]), dtype=sent.x_ND.dtype, device=sent.x_ND.device)
         for slot, (start, count) in enumerate(zip(sent.start_S.tolist(), sent.count_S.tolist(), strict=True)):
             if not count:

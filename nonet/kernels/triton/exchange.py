@@ -1,0 +1,183 @@
+"""One-sided exchange over NVLink: kernels that push rows into other ranks' windows, wait for theirs, and pull results.
+
+Used by the `nvlink` all-to-alls, which say what lies where in a window; specified by the contract of all-to-alls.
+`epoch` counts the pushes of this rank on the device, so that a captured graph can be replayed. A flag of a rank holds
+the epoch of who raised it. Waits end after `limit` (nanoseconds; in the interpreter polls): the late are then noted in
+`late` and, for the host, in `told`, and no later wait waits.
+Legend: T own tokens, D hidden, K top-k, R ranks, G slots of all ranks; addresses are int64.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import globaltimer
+
+from nonet.kernels.triton import INTERPRETED
+
+CLOCK = tl.constexpr(not INTERPRETED)
+FP8_LARGEST = tl.constexpr(448.0)
+FP8_LEAST = tl.constexpr(2.0**-100)
+
+
+@triton.jit
+def _now():
+    return globaltimer() if CLOCK else 0
+
+
+@triton.jit
+def await_flags(flags, epoch, late, told, limit, R, RP: tl.constexpr):
+    """Until all R flags have reached `epoch`; then what was written before they were raised can be read."""
+    r = tl.arange(0, RP)
+    got = tl.atomic_add(flags + r, 0, mask=r < R, sem="acquire", scope="sys")
+    missing = tl.sum(((got < epoch) & (r < R)).to(tl.int32), axis=0)
+    if missing > 0:
+        gave_up = tl.sum(tl.load(late + r, mask=r < R, other=0), axis=0)
+        missing = tl.where(gave_up > 0, 0, missing)
+        start = _now()
+        polls = 0
+        while missing > 0:
+            got = tl.atomic_add(flags + r, 0, mask=r < R, sem="acquire", scope="sys")
+            missing = tl.sum(((got < epoch) & (r < R)).to(tl.int32), axis=0)
+            polls += 1
+            passed = (_now() - start) if CLOCK else polls
+            if (missing > 0) & (passed > limit):
+                tl.store(late + r, epoch, mask=(got < epoch) & (r < R))
+                tl.store(told + r, epoch, mask=(got < epoch) & (r < R))
+                missing = 0
+    tl.debug_barrier()
+
+
+@triton.jit
+def flags_of(window_R, offset, me, R, RP: tl.constexpr):
+    """[RP] pointers to flag `me` of every rank; of those past R, null."""
+    r = tl.arange(0, RP)
+    window = tl.load(window_R + r, mask=r < R, other=0)
+    return tl.where(window != 0, window + offset + 8 * me, 0).to(tl.pointer_type(tl.int64))
+
+
+@triton.jit
+def raise_flags(flags, epoch):
+    """After all that this program did and saw before."""
+    tl.debug_barrier()
+    tl.atomic_xchg(flags, epoch, mask=flags.to(tl.int64) != 0, sem="release", scope="sys")
+
+
+@triton.jit
+def _targets(slot, window_G, t, K, KP: tl.constexpr, EACH: tl.constexpr):
+    """[KP] windows of the ranks that hold token t's slots: 0 for slots -1, and, unless EACH, for a rank's second."""
+    k = tl.arange(0, KP)
+    own = tl.load(slot + t * K + k, mask=k < K, other=-1)
+    window = tl.load(window_G + own, mask=own >= 0, other=0)
+    if not EACH:
+        before = (window[:, None] == window[None, :]) & (k[None, :] < k[:, None])
+        window = tl.where(tl.max(before.to(tl.int32), axis=1) > 0, 0, window)
+    return window
+
+
+@triton.jit
+def _pick(window_K, k, KP: tl.constexpr):
+    return tl.sum(tl.where(tl.arange(0, KP) == k, window_K, 0), axis=0)
+
+
+@triton.jit
+def _note(slot, weight, window_R, first_R, row, t, slot_at, weight_at, K, R, KP: tl.constexpr, RP: tl.constexpr):
+    """Tell every rank token t's slots, counted from its first (elsewhere: negative or past its last), and weights."""
+    r, k = tl.arange(0, RP), tl.arange(0, KP)
+    own = tl.load(slot + t * K + k, mask=k < K, other=-1).to(tl.int32)
+    of = tl.load(weight + t * K + k, mask=k < K, other=0.0)
+    window = tl.load(window_R + r, mask=r < R, other=0)
+    first = tl.load(first_R + r, mask=r < R, other=0)
+    there = tl.where(own[None, :] >= 0, own[None, :] - first[:, None], -1)
+    mask = (r[:, None] < R) & (k[None, :] < K)
+    at = row * K + k[None, :]
+    tl.store((window + slot_at).to(tl.pointer_type(tl.int32))[:, None] + at, there, mask=mask)
+    of_RK = tl.broadcast_to(of[None, :].to(tl.float32), (RP, KP))
+    tl.store((window + weight_at).to(tl.pointer_type(tl.float32))[:, None] + at, of_RK, mask=mask)
+
+
+@triton.jit(do_not_specialize=["first", "T"])
+def push(
+    x, slot, weight, window_G, window_R, first_R, epoch, arrived, first, T, D, K, R, me,
+    x_at, scale_at, slot_at, weight_at, flag_at,
+    KP: tl.constexpr, RP: tl.constexpr, TOP: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    """Each token to every rank that holds one of its slots, as row first + t; then this rank's flag on all of them.
+
+    Programs share T x PARTS pieces of BD columns. FP8: as e4m3 with a factor for each 128 columns.
+    """
+    now = tl.load(epoch) + 1  # what the end needs, before it waits for anything
+    flags = flags_of(window_R, flag_at, me, R, RP)
+    for piece in range(tl.program_id(0), T * PARTS, tl.num_programs(0)):
+        t = tl.cast(piece // PARTS, tl.int64)
+        row = first + t
+        if FP8:
+            g, j = tl.arange(0, BD // 128), tl.arange(0, 128)
+            d = (piece % PARTS) * BD + g[:, None] * 128 + j[None, :]
+            value = tl.load(x + t * D + d, mask=d < D, other=0.0).to(tl.float32)
+            scale = tl.div_rn(tl.maximum(tl.max(tl.abs(value), axis=1), FP8_LEAST), FP8_LARGEST)
+            value = tl.div_rn(value, tl.broadcast_to(scale[:, None], (BD // 128, 128))).to(tl.float8e4nv)
+            part = (piece % PARTS) * (BD // 128) + g
+        else:
+            d = (piece % PARTS) * BD + tl.arange(0, BD)
+            value = tl.load(x + t * D + d, mask=d < D, other=0.0)
+        window_K = _targets(slot, window_G, t, K, KP, False)
+        for k in tl.static_range(TOP):
+            window = _pick(window_K, k, KP)
+            to = tl.multiple_of((window + x_at).to(tl.pointer_type(value.dtype)), 16)
+            tl.store(to + row * D + d, value, mask=(d < D) & (window != 0))
+            if FP8:
+                to_scale = (window + scale_at).to(tl.pointer_type(tl.float32))
+                tl.store(to_scale + row * (D // 128) + part, scale, mask=(part < D // 128) & (window != 0))
+        if piece % PARTS == 0:
+            _note(slot, weight, window_R, first_R, row, t, slot_at, weight_at, K, R, KP, RP)
+    tl.debug_barrier()
+    done = tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu")
+    if done == tl.num_programs(0) - 1:  # everyone's rows are on their way: the last one says so
+        tl.store(arrived, 0)
+        tl.store(epoch, now)
+        raise_flags(flags, now)
+
+
+@triton.jit
+def wait(flags, epoch, late, told, limit, R, RP: tl.constexpr):
+    """Until every rank has pushed this epoch."""
+    await_flags(flags, tl.load(epoch), late, told, limit, R, RP)
+
+
+@triton.jit(do_not_specialize=["first", "T"])
+def pull(
+    slot, weight, window_G, window_R, ready, epoch, late, told, limit, out, first, T, D, K, R, me,
+    y_at, pair_at, ready_at,
+    KP: tl.constexpr, RP: tl.constexpr, TOP: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr, EACH: tl.constexpr,
+):  # fmt: skip
+    """Tell all ranks that this one's results can be read, wait for theirs, and add up each token's.
+
+    One row of each rank, in order of the token's slots; EACH: one of each slot, by its place in the rank's table of
+    pairs, times its weight. Added in float32 and rounded once.
+    """
+    now = tl.load(epoch)
+    if tl.program_id(0) == 0:
+        raise_flags(flags_of(window_R, ready_at, me, R, RP), now)
+    has_waited = False
+    for piece in range(tl.program_id(0), T * PARTS, tl.num_programs(0)):
+        t = tl.cast(piece // PARTS, tl.int64)
+        d = (piece % PARTS) * BD + tl.arange(0, BD)
+        window_K = _targets(slot, window_G, t, K, KP, EACH)  # while flags are on their way
+        if not has_waited:
+            await_flags(ready, now, late, told, limit, R, RP)
+            has_waited = True
+        total = tl.zeros([BD], tl.float32)
+        for k in tl.static_range(TOP):
+            window = _pick(window_K, k, KP)
+            row, here = first + t, window != 0
+            if EACH:
+                row = tl.load((window + pair_at).to(tl.pointer_type(tl.int64)) + row * K + k, mask=here, other=0)
+            y = tl.multiple_of((window + y_at).to(tl.pointer_type(out.dtype.element_ty)), 16)
+            part = tl.load(y + row * D + d, mask=(d < D) & here, other=0.0).to(tl.float32)
+            if EACH:
+                part = part * tl.load(weight + t * K + k, mask=here, other=0.0).to(tl.float32)
+            total += part
+        tl.store(out + t * D + d, total.to(out.dtype.element_ty), mask=d < D)
+    if not has_waited:  # a rank without tokens, too, goes on only when all are done with its rows
+        await_flags(ready, now, late, told, limit, R, RP)

@@ -1,0 +1,13 @@
+"""One-sided all-to-all over NVLink for many tokens a rank: as many programs as the GPU holds, which stay.
+
+See `_nvlink`.
+"""
+
+from __future__ import annotations
+
+from nonet.moe.all2all._nvlink import Launch, Nvlink
+from nonet.moe.base import All2All, All2AllSpec
+
+
+def create(spec: All2AllSpec) -> All2All:
+    return Nvlink(spec, "nvlink_high_throughput", push=Launch(2048, 4, 1056), pull=Launch(2048, 8, 528))

@@ -1,0 +1,89 @@
+"""The all-to-alls over NVLink on CPU ranks: the same kernels in Triton's interpreter, windows of shared memory.
+
+Run by test_nvlink.py in a process of its own, since the interpreter is chosen when kernels are imported.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nonet import LLM, SamplingParams
+from nonet.comm.world import World
+from nonet.config.fleet import Fleet
+from nonet.errors import ConfigError
+from nonet.kernels.triton import INTERPRETED
+from nonet.moe.all2all import nvlink_high_throughput
+from nonet.moe.base import All2AllSpec
+from nonet.testing.cluster import Cluster
+from nonet.testing.contracts import Case, cases, check_all2all, soak
+
+SIZE = 3
+NAME = "nvlink_low_latency"
+assert INTERPRETED
+
+
+@pytest.fixture
+def ranks(pools) -> Cluster:
+    return pools.get(SIZE, "cpu")
+
+
+def possible(label: str, case: Case) -> bool:
+    """The interpreter rounds to bfloat16 and FP8 by cutting off, so bits differ there."""
+    return not (case.exact and case.dtype == "bfloat16") and label != "fp8 rounded"
+
+
+@pytest.mark.parametrize("label", [label for label, case in cases(NAME, SIZE).items() if possible(label, case)])
+def test_contract(ranks: Cluster, label: str):
+    ranks.run(check_all2all, NAME, cases(NAME, SIZE)[label])
+
+
+@pytest.mark.parametrize("label", ["uneven rows", "exact dropped", "fp8"])
+def test_contract_of_the_other(ranks: Cluster, label: str):
+    ranks.run(check_all2all, "nvlink_high_throughput", cases("nvlink_high_throughput", SIZE)[label])
+
+
+def test_passes_back_to_back(ranks: Cluster):
+    ranks.run(check_all2all, NAME, soak(NAME, SIZE, 20))
+
+
+def spec_of(world: World, **more: object) -> All2AllSpec:
+    fleet = Fleet.even(world.size, 2 * world.size)
+    given = {"top_k": 2, "hidden_size": 32, "dtype": torch.float32, "max_rows": 4, "exact": False}
+    return All2AllSpec(group=world.ep, fleet=fleet, **{**given, **more})  # type: ignore[arg-type]
+
+
+def test_a_wait_ends_and_names_who_is_late():
+    with Cluster(SIZE, timeout_s=60, comm_timeout_s=2) as cluster:
+        said = cluster.run("tests.moe.nvlink_soak:one_stays_away", NAME)
+    for text, took in said[:-1]:
+        assert text == f"nvlink_low_latency all-to-all: rank(s) {SIZE - 1} did not arrive within 2 s"
+        assert took < 1, "once it gave up it does not wait again"
+
+
+def refusals(world: World) -> list[str]:
+    said = []
+    for more in ({"fp8": True}, {"fp8": True, "dtype": torch.bfloat16, "hidden_size": 200}):
+        with pytest.raises(ConfigError) as caught:
+            nvlink_high_throughput.create(spec_of(world, **more))
+        said.append(str(caught.value))
+    return said
+
+
+def test_fp8_where_it_cannot_be_is_refused(ranks: Cluster):
+    for said in ranks.run(refusals):
+        assert all("fp8_dispatch" in text and "128" in text for text in said)
+
+
+def test_the_engine_over_it():
+    """nonet-tiny on two ranks, prompts in chunks and decoding: the same tokens as over collectives."""
+    found = {}
+    for backend in ("allgather_reducescatter", NAME):
+        with LLM(
+            "nonet-tiny", dtype="float32", data_parallel_size=2, enable_expert_parallel=True, all2all_backend=backend,
+            num_blocks=64, max_num_batched_tokens=16, max_num_seqs=8,
+        ) as llm:  # fmt: skip
+            prompts = ["In the beginning was the word, and then came many more of them", "What", "Three ranks"]
+            outs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=5, ignore_eos=True))
+            found[backend] = [out.outputs[0].token_ids for out in outs]
+    assert found[NAME] == found["allgather_reducescatter"]
