@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Mapping
+from typing import get_args
 
-from nonet.config.schema import EngineConfig, iteration_range
+from nonet.config.schema import ATTENTION_BACKENDS, EngineConfig, ModelConfig, iteration_range
 from nonet.errors import ConfigError
 
 
@@ -33,8 +34,16 @@ def _range(name: str, value: str) -> str:
     return value
 
 
+def _attention(name: str, value: str) -> str:
+    own = get_args(ModelConfig.model_fields["attention_backend"].annotation)
+    if value not in own and value.upper() not in ATTENTION_BACKENDS:
+        raise ConfigError(name, value, f"use one of: {', '.join((*own, *ATTENTION_BACKENDS))}")
+    return value
+
+
 # variable -> (leaf of the configuration, how to read it)
 VARIABLES: dict[str, tuple[str, Callable[[str, str], object]]] = {
+    "VLLM_ATTENTION_BACKEND": ("attention_backend", _attention),
     "VLLM_MOE_ROUTING_SIMULATION_STRATEGY": ("routing_simulation", _text),
     "VLLM_RANDOMIZE_DP_DUMMY_INPUTS": ("randomize_dp_dummy_inputs", _flag),
     "VLLM_MOE_DP_CHUNK_SIZE": ("dp_chunk_size", _count),

@@ -7,11 +7,23 @@ Knows no tensors and no hardware.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from nonet.errors import ConfigError
+
+# vLLM's names of what computes attention, as far as nonet has the like
+ATTENTION_BACKENDS = {
+    "TRITON_ATTN": "triton",
+    "TRITON_MLA": "triton",
+    "FLASHINFER": "flashinfer",
+    "TORCH_SDPA": "reference",
+}
+
+
+def _ours(name: object) -> object:
+    return ATTENTION_BACKENDS.get(name.upper(), name) if isinstance(name, str) else name
 
 
 class Section(BaseModel):
@@ -28,6 +40,11 @@ class ModelConfig(Section):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Type of weights and activations. auto: the checkpoint's."
+    )
+    attention_backend: Annotated[Literal["auto", "reference", "triton", "flashinfer"], BeforeValidator(_ours)] = Field(
+        "auto",
+        description="What computes attention. triton: kernels for GPUs. flashinfer: that library, if installed. "
+        "reference: PyTorch, on CPUs with compiled kernels beside it. Also VLLM_ATTENTION_BACKEND.",
     )
     max_model_len: int | None = Field(
         None, ge=1, description="Longest prompt + output in tokens. Default: the model's own limit."
@@ -96,6 +113,11 @@ class LoadBalancerConfig(Section):
 class MoeConfig(Section):
     all2all_backend: str = Field(
         "allgather_reducescatter", description="How tokens travel to their experts; a file in nonet/moe/all2all."
+    )
+    fp8_dispatch: bool = Field(
+        False,
+        description="Tokens travel to their experts in FP8 with a factor for each 128 numbers: half the bytes, less "
+        "exact. bfloat16 models over the nvlink all-to-alls.",
     )
     expert_backend: str = Field("auto", description="What computes experts; a file in nonet/moe/experts.")
     combine: Literal["fast", "exact"] = Field(

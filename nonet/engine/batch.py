@@ -1,22 +1,26 @@
 """Turns what the scheduler chose into the tensors one step needs.
 
 Used by the core (choosing logits) and the worker (building tensors). Legend: T new tokens, B decoding sequences,
-D tokens of a dummy pass.
+P prompts, D tokens of a dummy pass, N blocks of the longest context.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from nonet.config.fleet import split_evenly
 from nonet.engine.messages import StepBatch
-from nonet.layers.attention import AttentionBatch, Prefill
+from nonet.layers.attention import AttentionBatch, Prefill, Prompts, Step
 from nonet.models.base import Batch, ep_rows
 from nonet.moe.layer import MoeBatch
 from nonet.schedule.scheduler import Scheduled
+
+if TYPE_CHECKING:
+    from nonet.layers.attention_flashinfer import FlashInfer
 
 
 def step_batch(items: Sequence[Scheduled]) -> StepBatch:
@@ -47,8 +51,16 @@ def prompt_positions(item: Scheduled) -> range:
 class BatchBuilder:
     """Makes a `Batch` of a `StepBatch` on one rank."""
 
-    def __init__(self, block_size: int, scratch_place: int, tp_size: int, device: torch.device) -> None:
+    def __init__(
+        self, block_size: int, scratch_place: int, tp_size: int, device: torch.device, attention: str = "reference"
+    ) -> None:
         self.block_size, self.scratch_place, self.tp_size, self.device = block_size, scratch_place, tp_size, device
+        self.attention = attention  # the configuration's `attention_backend`
+        self.library: FlashInfer | None = None
+        if attention == "flashinfer":
+            from nonet.layers.attention_flashinfer import FlashInfer
+
+            self.library = FlashInfer(block_size, device)
         self._offsets = np.arange(block_size, dtype=np.int64)
 
     def build(self, step: StepBatch, tokens_by_dp_rank: Sequence[int]) -> Batch:
@@ -64,6 +76,8 @@ class BatchBuilder:
         places = [self._places(blocks, start + count) for blocks, start, count in chunks]
         own = [place[start:] for place, (_, start, _) in zip(places, chunks, strict=True)]
         first = np.cumsum(counts) - counts
+        spans = first[num_decode:], counts[num_decode:], (starts + counts)[num_decode:]
+        prompts = self._prompts([blocks for blocks, _, _ in chunks], *spans)
         position_T = self._tensor(np.repeat(starts - first, counts) + np.arange(len(step.tokens)))
         attention = AttentionBatch(
             place_T=self._tensor(np.concatenate([np.array(last, dtype=np.int64), *own])),
@@ -73,9 +87,12 @@ class BatchBuilder:
             decode_length_B=self._tensor(starts[:num_decode] + 1),
             block_size=size,
             prefills=tuple(
-                Prefill(int(at), count, self._tensor(place))
-                for at, (_, _, count), place in zip(first[num_decode:], chunks, places, strict=True)
+                Prefill(int(at), count, place)
+                for at, (_, _, count), place in zip(spans[0], chunks, self._contexts(places, prompts), strict=True)
             ),
+            backend=self.attention,
+            prompts=prompts,
+            step=self._step(step.blocks, step.starts, step.counts, num_decode),
         )
         return Batch(
             token_T=self._tensor(np.array(step.tokens, dtype=np.int64)),
@@ -102,11 +119,43 @@ class BatchBuilder:
                 decode_length_B=torch.ones(D, dtype=torch.int64, device=self.device),
                 block_size=self.block_size,
                 prefills=(),
+                backend=self.attention,
+                step=self._step([[self.scratch_place // self.block_size]] * D, [0] * D, [1] * D, D),
             ),
             tp_rows=split_evenly(D, self.tp_size),
             moe=MoeBatch(ep_rows(tokens_by_dp_rank, self.tp_size), is_load=False),
             logit_row_B=torch.zeros(0, dtype=torch.int64, device=self.device),
         )
+
+    def _step(
+        self, blocks: Sequence[Sequence[int]], starts: Sequence[int], counts: Sequence[int], num_decode: int
+    ) -> Step | None:
+        return None if self.library is None else self.library.step(blocks, starts, counts, num_decode)
+
+    def _prompts(
+        self, blocks: Sequence[Sequence[int]], first_P: np.ndarray, count_P: np.ndarray, context_P: np.ndarray
+    ) -> Prompts | None:
+        """For the kernels that want it, in one transfer."""
+        if self.attention != "triton" or not blocks:
+            return None
+        used = [own[: -(-context // self.block_size)] for own, context in zip(blocks, context_P, strict=True)]
+        longest = max(map(len, used))
+        table = [[*own, *[0] * (longest - len(own))] for own in used]
+        rows = (first_P, count_P, context_P, np.cumsum(context_P) - context_P)
+        whole = self._tensor(np.concatenate([np.stack(rows, axis=1), np.array(table, dtype=np.int64)], axis=1))
+        block_PN = whole[:, 4:]
+        offset = torch.arange(self.block_size, device=self.device)
+        place_PC = (block_PN.unsqueeze(2) * self.block_size + offset).flatten(1)
+        place_C = torch.cat([place[:context] for place, context in zip(place_PC, context_P.tolist(), strict=True)])
+        pairs = int((count_P * context_P - count_P * (count_P - 1) // 2).sum())
+        first, count, context, begin = whole[:, :4].t().contiguous().unbind()
+        return Prompts(block_PN, first, count, context, begin, place_C, pairs)
+
+    def _contexts(self, places: Sequence[np.ndarray], prompts: Prompts | None) -> Sequence[torch.Tensor]:
+        """The places of each prompt's context."""
+        if prompts is not None:
+            return prompts.place_C.split([len(place) for place in places])
+        return [self._tensor(place) for place in places]
 
     def _places(self, blocks: Sequence[int], length: int) -> np.ndarray:
         """Cache places of positions 0 .. length - 1."""

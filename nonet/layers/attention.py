@@ -1,21 +1,23 @@
 """Grouped-query attention over the paged KV cache, heads split over the tensor-parallel ranks.
 
 `place_qkv` writes the cache, `attend` reads it. Both are plain PyTorch, the reference; on CPUs compiled kernels do the
-same in one pass over the rows, but for prompts, which are PyTorch's everywhere. What a family's layers do besides, a
-`Sight` and the options of `Attention` say; nobody here knows which family asks.
-Legend: T tokens, H query heads, h KV heads, d head_dim, D hidden, B decoding sequences, C longest context,
+same in one pass over the rows, but for prompts, which are PyTorch's there; on GPUs Triton kernels do all of it. What a
+family's layers do besides, a `Sight` and the options of `Attention` say; nobody here knows which family asks.
+Legend: T tokens, H query heads, h KV heads, d head_dim, D hidden, B decoding sequences, P prompts, C longest context,
 N blocks of it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nonet.kernels import cpu
+from nonet.kernels import triton as gpu
 from nonet.kernels.linear import linear, pack
 from nonet.layers.norm import rms_norm_reference
 from nonet.layers.rope import rotate
@@ -34,6 +36,27 @@ class Prefill:
 
 
 @dataclass(frozen=True, slots=True)
+class Prompts:
+    """The same of all prefills, on the device, for kernels that take them in one launch. All int64."""
+
+    block_PN: Tensor  # the blocks of each context; past its end anything
+    first_P: Tensor
+    count_P: Tensor
+    context_P: Tensor
+    begin_P: Tensor  # where each begins in the next
+    place_C: Tensor  # cache places of all contexts, end to end
+    pairs: int  # of a new token and what it may see at most
+
+
+class Step(Protocol):
+    """Attention of one step by a library that plans on the host, where its sequences were told to it."""
+
+    def attend(self, q_THd: Tensor, cache: KvCache, sight: Sight, out: Tensor) -> None:
+        """Into out [T, H, d]. Raises ConfigError for a sight that the library does not know."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionBatch:
     """Where a step's tokens go in the cache, and what each may see. Decoding sequences come first, a token each."""
 
@@ -44,6 +67,9 @@ class AttentionBatch:
     decode_length_B: Tensor  # int64: context of each, its own token included
     block_size: int
     prefills: tuple[Prefill, ...]
+    backend: str = "reference"  # what attends: the configuration's `attention_backend`
+    prompts: Prompts | None = None  # for Triton, where there are prefills
+    step: Step | None = None  # for a library
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +175,10 @@ class Attention:
             from nonet.kernels.cpu import attention
 
             q_THd = attention.place_qkv(qkv, self.qk_norm, cos_sin, cache, batch.place_T, H)
+        elif gpu.handles(qkv):
+            from nonet.kernels.triton import rope
+
+            q_THd = rope.place_qkv(qkv, self.qk_norm, cos_sin, cache, batch.place_T, H)
         else:
             q_THd = place_qkv(qkv, self.qk_norm, cos_sin, cache, batch.place_T, H)
         if self.temperature is not None:
@@ -190,6 +220,12 @@ def attend(q_THd: Tensor, cache: KvCache, batch: AttentionBatch, sight: Sight = 
     out = torch.empty_like(q_THd, memory_format=torch.contiguous_format)
     B = batch.num_decode
     where = batch.decode_block_BN, batch.decode_length_B, batch.block_size
+    if batch.backend == "triton":
+        _attend_on_gpu(q_THd, cache, batch, sight, out)
+        return out
+    if batch.step is not None:
+        batch.step.attend(q_THd, cache, sight, out)
+        return out
     if B and cpu.handles(q_THd):
         from nonet.kernels.cpu import attention
 
@@ -201,6 +237,25 @@ def attend(q_THd: Tensor, cache: KvCache, batch: AttentionBatch, sight: Sight = 
         rows = slice(part.first, part.first + part.count)
         out[rows] = _attend_one(q_THd[rows], cache, part, sight)
     return out
+
+
+def _attend_on_gpu(q_THd: Tensor, cache: KvCache, batch: AttentionBatch, sight: Sight, out: Tensor) -> None:
+    """Nothing is read on the host, so all of it can be captured."""
+    from nonet.kernels.triton import decode, prefill
+
+    (keys, values), B, prompts, size = cache, batch.num_decode, batch.prompts, batch.block_size
+    if B:
+        where, seen = (batch.decode_block_BN, batch.decode_length_B, size), (sight.window, sight.chunk)
+        decode.decode(q_THd[:B], cache, *where, out[:B], *seen, sight.sink_H, sight.scale)
+    if prompts is not None:
+        block_PN, everything = prompts.block_PN, sight.window is None and sight.chunk is None
+        if everything and prefill.gathers(keys, size, q_THd.shape[1], len(prompts.place_C), prompts.pairs):
+            keys, values = keys.index_select(0, prompts.place_C), values.index_select(0, prompts.place_C)
+            block_PN, size = prompts.begin_P.unsqueeze(1), 0
+        prefill.prefill(
+            q_THd, keys, values, block_PN, prompts.first_P, prompts.count_P, prompts.context_P, size, out,
+            window=sight.window, chunk=sight.chunk, sink_H=sight.sink_H, scale=sight.scale,
+        )  # fmt: skip
 
 
 def decode(

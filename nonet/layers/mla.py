@@ -4,20 +4,23 @@ The cache holds one row a token: the latent that keys and values of all heads co
 heads share. Heads are split over the tensor-parallel ranks, the row is the same on each. There are two forms of the
 same sum. Plain: keys and values are made of the cached rows. Absorbed: the query goes through the keys' matrix instead
 and the result through the values', so that in between all heads attend to the rows as they lie (one KV head).
-Legend: T tokens, B decoding sequences, D hidden, H heads of this rank, n unrotated and r rotated part of a head's
-query and key, v width of its value, c width of the latent, W = c + r a cached row, C context.
+On GPUs Triton kernels attend, in either form; the plain one then takes as many prompts at a time as memory allows.
+Legend: T tokens, B decoding sequences, P prompts, D hidden, H heads of this rank, n unrotated and r rotated part of a
+head's query and key, v width of its value, c width of the latent, W = c + r a cached row, C context.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nonet.kernels import triton as gpu
 from nonet.kernels.linear import linear, pack
-from nonet.layers.attention import AttentionBatch, KvCache, Prefill, Sight, attend, halves
+from nonet.layers.attention import AttentionBatch, KvCache, Prefill, Prompts, Sight, attend, halves
 from nonet.layers.norm import rms_norm
 from nonet.layers.rope import rotate
 from nonet.weights.loader import Checkpoint
@@ -87,34 +90,46 @@ class LatentAttention:
         return torch.cat([self._halves(head) for head in rows.chunk(self.num_heads)])
 
     def forward(self, x_TD: Tensor, cos_sin: tuple[Tensor, Tensor], cache: KvCache, batch: AttentionBatch) -> Tensor:
-        q_THx, row_TW = self._project(x_TD, cos_sin)
-        cache[0].index_copy_(0, batch.place_T, row_TW.unsqueeze(1))
+        q_THx = self._project(x_TD, cos_sin, cache, batch.place_T)
         y_THv = x_TD.new_empty((len(x_TD), self.num_heads, self.shape.value))
         if batch.num_decode:
             y_THv[: batch.num_decode] = self.absorbed(q_THx[: batch.num_decode], cache, replace(batch, prefills=()))
+        if batch.backend == "triton":
+            self._prompts_on_gpu(q_THx, cache, batch, y_THv)
+            return linear(y_THv.flatten(1), self.out, self.out_bias)
         for part in batch.prefills:
             rows = slice(part.first, part.first + part.count)
             form = self.plain if self._plain_is_cheaper(part) else self.absorbed_chunk
             y_THv[rows] = form(q_THx[rows], cache, part)
         return linear(y_THv.flatten(1), self.out, self.out_bias)
 
-    def _project(self, x_TD: Tensor, cos_sin: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Queries [T, H, n + r] and what is cached [T, W], their last r numbers turned."""
+    def _project(self, x_TD: Tensor, cos_sin: tuple[Tensor, Tensor], cache: KvCache, place_T: Tensor) -> Tensor:
+        """Queries [T, H, n + r]; rows [T, W] go to their places in the cache. Of both the last r numbers are turned."""
         c, r = self.shape.kv_lora_rank, self.shape.rope
         both = linear(x_TD, self.down, self.down_bias)
-        q, latent_Tc, k_Tr = both.split((both.shape[1] - c - r, c, r), dim=1)
+        q, row_TW = both.split((both.shape[1] - c - r, c + r), dim=1)
         if self.q_up is not None and self.q_norm is not None:
             q = linear(rms_norm(q.contiguous(), self.q_norm, NORM_EPS), self.q_up)
         q_THx = q.view(len(x_TD), self.num_heads, -1)
-        q_THx = torch.cat([q_THx[..., :-r], rotate(q_THx[..., -r:], *cos_sin)], dim=-1)
+        if gpu.handles(q_THx):
+            from nonet.kernels.triton import rope
+
+            rope.place_latent(q_THx, row_TW, (self.kv_norm, NORM_EPS), cos_sin, cache[0], place_T)
+            return q_THx
+        latent_Tc, k_Tr = row_TW.split((c, r), dim=1)
         k_Tr = rotate(k_Tr.unsqueeze(1), *cos_sin).squeeze(1)
-        return q_THx, torch.cat([rms_norm(latent_Tc.contiguous(), self.kv_norm, NORM_EPS), k_Tr], dim=-1)
+        row_TW = torch.cat([rms_norm(latent_Tc.contiguous(), self.kv_norm, NORM_EPS), k_Tr], dim=-1)
+        cache[0].index_copy_(0, place_T, row_TW.unsqueeze(1))
+        return torch.cat([q_THx[..., :-r], rotate(q_THx[..., -r:], *cos_sin)], dim=-1)
 
     # -- absorbed ----------------------------------------------------------------------------------------------------
 
     def absorbed(self, q_BHx: Tensor, cache: KvCache, batch: AttentionBatch) -> Tensor:
         """[B, H, v] for the decoding sequences of a batch that has only these: attention with one KV head, whose values
         are the rows too; of the result the rotated part is dropped."""
+        if batch.backend == "triton":
+            where = batch.decode_block_BN, batch.decode_length_B, batch.block_size
+            return self._absorbed_on_gpu(q_BHx, cache, *where)
         y_BHW = attend(self._into_rows(q_BHx), (cache[0], cache[0]), batch, Sight(scale=self.shape.scale))
         return self._out_of_rows(y_BHW)
 
@@ -153,6 +168,67 @@ class LatentAttention:
         more = shape.value - shape.nope - shape.rope  # fused attention on CPUs wants one width: zeros fill the lesser
         q_THx, k_CHx, v_CHv = _padded(q_THx, more), _padded(k_CHx, more), _padded(v_CHv, -more)
         return _attend_chunk(q_THx, k_CHx, v_CHv, shape.scale)[..., : shape.value]
+
+    # -- on GPUs -----------------------------------------------------------------------------------------------------
+
+    def _absorbed_on_gpu(
+        self, q_BHx: Tensor, cache: KvCache, block_BN: Tensor, length_B: Tensor, block_size: int
+    ) -> Tensor:
+        from nonet.kernels.triton import latent_decode
+
+        c, scale = self.shape.kv_lora_rank, self.shape.scale
+        where = block_BN, length_B, block_size
+        return self._out_of_rows(latent_decode.decode(self._into_rows(q_BHx), cache[0], *where, c, scale))
+
+    def _prompts_on_gpu(self, q_THx: Tensor, cache: KvCache, batch: AttentionBatch, y_THv: Tensor) -> None:
+        """Into the rows of y that are prompts', each in its cheaper form; absorbed, every new token counts as a
+        sequence that decodes."""
+        parts, prompts = batch.prefills, batch.prompts
+        if prompts is None:
+            return
+        for plain, own in self._runs(parts):
+            last = parts[own.stop - 1]
+            rows = slice(parts[own.start].first, last.first + last.count)
+            if plain:
+                self._plain_on_gpu(q_THx, cache, parts, prompts, own, y_THv)
+                continue
+            count = rows.stop - rows.start
+            block_TN = prompts.block_PN[own].repeat_interleave(prompts.count_P[own], dim=0, output_size=count)
+            length_T = batch.position_T[rows] + 1
+            y_THv[rows] = self._absorbed_on_gpu(q_THx[rows], cache, block_TN, length_T, batch.block_size)
+
+    def _runs(self, parts: Sequence[Prefill]) -> list[tuple[bool, slice]]:
+        """Successive prompts that are attended to at once, and whether plain: then `MOST_MADE` bounds them."""
+        runs: list[tuple[bool, slice]] = []
+        made, width = 0, (self.shape.nope + self.shape.value) * self.num_heads
+        for index, part in enumerate(parts):
+            plain, size = self._plain_is_cheaper(part), len(part.place_C) * width
+            begin = index
+            if runs and runs[-1][0] == plain and (not plain or made + size <= MOST_MADE):
+                begin = runs.pop()[1].start
+            made = size if begin == index else made + size
+            runs.append((plain, slice(begin, index + 1)))
+        return runs
+
+    def _plain_on_gpu(
+        self, q_THx: Tensor, cache: KvCache, parts: Sequence[Prefill], prompts: Prompts, own: slice, y_THv: Tensor
+    ) -> None:
+        """The plain form of successive prompts at once; of one with a long context, some heads at a time."""
+        from nonet.kernels.triton import prefill
+
+        shape = self.shape
+        before, width = sum(len(part.place_C) for part in parts[: own.start]), shape.nope + shape.value
+        size = sum(len(part.place_C) for part in parts[own])
+        row_CW = cache[0].index_select(0, prompts.place_C[before : before + size]).squeeze(1)  # contexts end to end
+        latent_Cc, k_Cr = row_CW.split((shape.kv_lora_rank, shape.rope), dim=1)
+        where = (prompts.begin_P[own] - before).unsqueeze(1), prompts.first_P[own], prompts.count_P[own]
+        step = max(1, MOST_MADE // (size * width))
+        for first in range(0, self.num_heads, step):
+            heads = slice(first, first + step)
+            up_CHx = F.linear(latent_Cc, self.kv_up[heads].flatten(0, 1)).unflatten(1, (-1, width))
+            k_CHn, v_CHv = up_CHx.split((shape.nope, shape.value), dim=2)
+            given = q_THx[:, heads], k_CHn, v_CHv, *where, prompts.context_P[own], 0, y_THv[:, heads]
+            prefill.prefill(*given, shared_k=k_Cr, scale=shape.scale)
 
     def _plain_is_cheaper(self, part: Prefill) -> bool:
         """By multiplications a head: making keys and values costs by context, but then products are narrow."""

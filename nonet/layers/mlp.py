@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nonet.comm.group import Group
 from nonet.config.fleet import split_evenly
+from nonet.kernels import triton as gpu
 from nonet.kernels.linear import linear, pack
 from nonet.weights.loader import Checkpoint, Range
 
@@ -32,8 +33,22 @@ class GatedMlp:
         self.down = pack(checkpoint.read(f"{prefix}.down_proj.weight", columns=span))
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        gate, up = linear(x_TD, self.gate_up).chunk(2, dim=-1)
-        return linear(F.silu(gate) * up, self.down)
+        return linear(silu_times(linear(x_TD, self.gate_up)), self.down)
+
+
+def silu_times(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up: [T, I] of [T, 2I], gate on the left."""
+    if gpu.handles(gate_up):
+        from nonet.kernels.triton import activation
+
+        return activation.silu_times(gate_up)
+    return silu_times_reference(gate_up)
+
+
+def silu_times_reference(gate_up: Tensor) -> Tensor:
+    """The specification."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 class DenseMlp:

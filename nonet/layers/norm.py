@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nonet.kernels import cpu
+from nonet.kernels import triton as gpu
 
 
 def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -17,6 +18,10 @@ def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         from nonet.kernels.cpu import norm
 
         return norm.rms_norm(x_ND, weight_D, eps)
+    if gpu.handles(x_ND):
+        from nonet.kernels.triton import norm as on_gpu
+
+        return on_gpu.rms_norm(x_ND, weight_D, eps)
     return rms_norm_reference(x_ND, weight_D, eps)
 
 
@@ -26,6 +31,10 @@ def add_rms_norm(x_ND: Tensor, y_ND: Tensor, weight_D: Tensor, eps: float) -> tu
         from nonet.kernels.cpu import norm
 
         return norm.add_rms_norm(x_ND, y_ND, weight_D, eps)
+    if gpu.handles(x_ND):
+        from nonet.kernels.triton import norm as on_gpu
+
+        return on_gpu.add_rms_norm(x_ND, y_ND, weight_D, eps)
     total_ND = x_ND + y_ND
     return total_ND, rms_norm_reference(total_ND, weight_D, eps)
 

@@ -21,11 +21,13 @@ class Paged:
     num_blocks: int
     block_size: int
     seed: int = 0
+    backend: str = "reference"
+    device: torch.device = CPU
     free: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.free = random.Random(self.seed).sample(range(self.num_blocks), self.num_blocks)
-        self.builder = BatchBuilder(self.block_size, self.num_blocks * self.block_size, 1, CPU)
+        self.builder = BatchBuilder(self.block_size, self.num_blocks * self.block_size, 1, self.device, self.backend)
 
     @property
     def places(self) -> int:

@@ -156,3 +156,22 @@ def test_half_precision_stays_near_the_plain_definition(sight, dtype):
     got = attend(q_THd, cache, paged.attention(spans), sight)
     assert got.dtype == dtype
     torch.testing.assert_close(got.double(), plain(q_THd, cache, paged, spans, sight), atol=2e-2, rtol=2e-2)
+
+
+def test_what_kernels_are_told_of_prompts_is_what_the_plain_form_is_told():
+    spans = [(5, 1), (0, 7), (4, 3), (9, 12)]
+    batches = []
+    for backend in ("reference", "triton"):
+        paged = Paged(num_blocks=40, block_size=4, backend=backend)
+        batches.append(paged.attention([(paged.take(start + count), start, count) for start, count in spans]))
+    plain, batch = batches
+    prompts = batch.prompts
+    assert plain.prompts is None
+    assert torch.equal(prompts.place_C, torch.cat([part.place_C for part in plain.prefills]))
+    assert [part.place_C.tolist() for part in batch.prefills] == [part.place_C.tolist() for part in plain.prefills]
+    assert prompts.first_P.tolist() == [part.first for part in plain.prefills] == [1, 8, 11]
+    assert prompts.count_P.tolist() == [7, 3, 12]
+    assert prompts.context_P.tolist() == [7, 7, 21]
+    assert prompts.begin_P.tolist() == [0, 7, 14]
+    assert [row[0] * 4 for row in prompts.block_PN.tolist()] == [int(part.place_C[0]) for part in plain.prefills]
+    assert prompts.pairs == sum(position + 1 for start, count in spans[1:] for position in range(start, start + count))

@@ -95,6 +95,7 @@ _TABLE = (
     Word("kv_transfer_config", VLLM, feature=SPLIT, kind="mapping"),
     # -- vLLM: the rest
     Word("num_gpu_blocks_override", VLLM, setting="num_blocks"),
+    Word("attention_config.backend", VLLM, setting="attention_backend", kind="text"),
     Word("kv_cache_dtype", VLLM, feature="a KV cache of another type than the model's", unless=("auto",), kind="text"),
     Word("quantization", VLLM, feature="quantised weights", unless=("none",), kind="text"),
     Word("disable_log_requests", VLLM, feature="logging of requests", unless=(True,), kind="switch"),

@@ -1,0 +1,71 @@
+"""Decode attention over a paged cache of latents: one row a token, key of all heads, its first numbers also the value.
+
+Specified by `layers.mla.LatentAttention.absorbed`, which puts queries into the rows' terms before and takes the result
+out of them after. The kernels are those of `decode`, with one KV head.
+Legend: B sequences, H heads, c width of the latent, W of a row, N blocks of the longest context.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nonet.kernels.triton.decode import LOG2_E, Tile, cores, join, run, scratch, slots
+
+
+def decode(
+    q_BHW: Tensor,
+    cache_row: Tensor,
+    block_BN: Tensor,
+    length_B: Tensor,
+    block_size: int,
+    width: int,
+    scale: float,
+    tile: Tile | None = None,
+) -> Tensor:
+    """[B, H, c]: each sequence's one token attends to its context, the first length_B places of its blocks.
+
+    cache_row: [places, 1, W] in q's dtype; block_BN, length_B: int64; width: c; a sequence of length 0 gets zeros.
+    """
+    B, H, W = q_BHW.shape
+    out_BHc = torch.empty((B, H, width), dtype=q_BHW.dtype, device=q_BHW.device)
+    if tile is None and H > 16 and fits_hopper(q_BHW, width):
+        _hopper(q_BHW, cache_row, block_BN, length_B, block_size, out_BHc, scale)
+    else:
+        tile = tile or choose(H, q_BHW.element_size())
+        sight = None, None, None, scale
+        run(q_BHW, cache_row, None, block_BN, length_B, block_size, out_BHc, width, W - width, *sight, tile)
+    return out_BHc
+
+
+def choose(heads: int, bytes_a_number: int) -> Tile:
+    """Fastest on an H100, up to 16 heads; beyond, what shared memory of all GPUs since then can hold."""
+    if bytes_a_number > 2:
+        return Tile(16, 16, 4, 2, 1)
+    return Tile(32, 16, 4, 3, 2) if heads <= 16 else Tile(32, 64, 8, 2, 1)
+
+
+def fits_hopper(q_BHW: Tensor, width: int) -> bool:
+    """Whether `latent_hopper` is made for these rows and this GPU."""
+    wanted = q_BHW.element_size() == 2 and (width, q_BHW.shape[2]) == (512, 576)
+    return wanted and q_BHW.is_cuda and torch.cuda.get_device_capability(q_BHW.device)[0] == 9
+
+
+def _hopper(
+    q_BHW: Tensor, cache_row: Tensor, block_BN: Tensor, length_B: Tensor, block_size: int, out_BHc: Tensor, scale: float
+) -> None:
+    from nonet.kernels.triton import latent_hopper as kernel
+
+    q_BHW = q_BHW.contiguous()  # copies are of 16 bytes, so strides must be multiples of them
+    (B, H, W), c = q_BHW.shape, out_BHc.shape[2]
+    if not B:
+        return
+    packs = -(-H // kernel.HEADS)
+    programs = max(1, cores(q_BHW.device) // packs)
+    left = scratch(programs, packs * kernel.HEADS, c, q_BHW.device)
+    kernel.spans[(programs * packs,)](
+        q_BHW, cache_row, block_BN, length_B, out_BHc, *left, B, block_BN.stride(0), *q_BHW.stride()[:2],
+        *out_BHc.stride()[:2], scale * LOG2_E.value, programs, G=H, DIM=c, REST=W - c, SIZE=block_size, SLOTS=slots(B),
+        PACKS=packs, num_warps=kernel.WARPS,
+    )  # fmt: skip
+    join(out_BHc, *left, 1)
