@@ -10,12 +10,14 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from nonet import plugins
 from nonet.config import env
 from nonet.config.assignments import check_assignments
 from nonet.config.checkpoint import DTYPE_BYTES, ModelSpec, needs_code, refuse_unsupported
+from nonet.config.roles import ROLES, SEND_FP8, play
 from nonet.config.schema import (
     CacheConfig,
     EngineConfig,
@@ -30,15 +32,6 @@ from nonet.errors import ConfigError, nearest
 
 CPU_KV_CACHE_BYTES = 1 << 30
 log = logging.getLogger("nonet")
-
-# All-to-alls named after libraries that are not used here: the role each stands for.
-ALL2ALL_ROLES = {
-    "pplx": "exchange within a node",
-    "deepep_high_throughput": "exchange for prefill",
-    "deepep_low_latency": "exchange for decode",
-    "flashinfer_all2allv": "exchange over NVLink between nodes",
-}
-BACKEND_OF_ROLES = {"cpu": "shm", "cuda": "all2allv"}
 
 
 @dataclass(frozen=True)
@@ -121,9 +114,28 @@ def _model(config: EngineConfig, spec: ModelSpec) -> ModelConfig:
         raise ConfigError("max_model_len", length, f"the model was made for at most {spec.max_position}")
     tokenizer = model.tokenizer or str(spec.folder)
     needs_code(Path(tokenizer), model.trust_remote_code)  # what it refuses it refuses before weights are read
-    return model.model_copy(
-        update={"dtype": dtype, "max_model_len": length, "tokenizer": tokenizer, "model": str(spec.folder)}
-    )
+    update = {"dtype": dtype, "max_model_len": length, "tokenizer": tokenizer, "model": str(spec.folder)}
+    return model.model_copy(update={**update, "attention_backend": _attention(config, spec, dtype)})
+
+
+def _attention(config: EngineConfig, spec: ModelSpec, dtype: str) -> str:
+    name, on_gpus = config.model.attention_backend, config.parallel.device == "cuda"
+    if name == "auto":
+        return "triton" if on_gpus and find_spec("triton") is not None else "reference"
+    problem = None
+    if name != "reference" and not on_gpus:
+        problem = "runs on GPUs"
+    elif name != "reference" and find_spec(name) is None:
+        problem = f"the package {name} is not installed"
+    elif name == "flashinfer" and spec.kv_lora_rank:
+        problem = "is not used for multi-head latent attention"
+    elif name == "flashinfer" and (spec.raw.get("attention_chunk_size") or spec.raw.get("model_type") == "gpt_oss"):
+        problem = "has no chunks and no sinks, which the model needs"
+    elif name == "flashinfer" and dtype == "float32":
+        problem = "has no kernels for float32"
+    if problem:
+        raise ConfigError("attention_backend", name, f"{problem}; use auto or reference")
+    return name
 
 
 def _schedule(config: EngineConfig) -> ScheduleConfig:
@@ -142,12 +154,15 @@ def _moe(config: EngineConfig, spec: ModelSpec, notes: list[Note]) -> MoeConfig:
     update: dict[str, object] = {"all2all_backend": _all2all(config, notes)}
     if not config.parallel.enable_expert_parallel and config.world_size > 1 and moe.combine == "exact":
         raise ConfigError("combine", "exact", "needs enable_expert_parallel: sliced experts are summed over ranks")
+    if moe.fp8_dispatch and update["all2all_backend"] not in SEND_FP8:
+        remedy = f"{update['all2all_backend']} does not send FP8; use nvlink_low_latency or nvlink_high_throughput"
+        raise ConfigError("fp8_dispatch", True, remedy)
     if moe.expert_backend == "auto":
         update["expert_backend"] = "grouped"
     else:
         plugins.check("nonet.moe.experts", moe.expert_backend, "expert_backend")
-    if moe.expert_backend == "triton" and config.parallel.device != "cuda":
-        raise ConfigError("expert_backend", "triton", "runs on GPUs; use auto or grouped")
+    if moe.expert_backend in ("triton", "deepgemm", "flashinfer") and config.parallel.device != "cuda":
+        raise ConfigError("expert_backend", moe.expert_backend, "runs on GPUs; use auto or grouped")
     if moe.combine == "exact":
         if moe.expert_backend not in ("auto", "reference"):
             remedy = "combine = exact computes with the reference; use auto or reference"
@@ -168,10 +183,9 @@ def _all2all(config: EngineConfig, notes: list[Note]) -> str:
     """How tokens travel: nothing is sent by one rank, or where experts are sliced; a role finds the backend it has."""
     moe, name = config.moe, config.moe.all2all_backend
     there = plugins.names("nonet.moe.all2all")
-    role = name in ALL2ALL_ROLES and name not in there
-    if not role:
+    if name not in ROLES:
         if "." not in name and name not in there:
-            raise ConfigError("all2all_backend", name, nearest(name, [*there, *ALL2ALL_ROLES]))
+            raise ConfigError("all2all_backend", name, nearest(name, [*there, *ROLES]))
         plugins.check("nonet.moe.all2all", name, "all2all_backend")
     asked = "all2all_backend" in moe.model_fields_set
     if config.world_size == 1:
@@ -181,10 +195,10 @@ def _all2all(config: EngineConfig, notes: list[Note]) -> str:
         return _instead(name, "tensor", why, notes if asked else [])
     if name in ("local", "tensor"):
         raise ConfigError("all2all_backend", name, "moves no tokens between ranks; with expert parallelism use another")
-    if not role:
+    if name not in ROLES:
         return name
     device = config.parallel.device
-    return _instead(name, BACKEND_OF_ROLES[device], f"stands for {ALL2ALL_ROLES[name]}, on {device}", notes)
+    return _instead(name, play(name, device), f"stands for exchange {ROLES[name].what}, on {device}", notes)
 
 
 def _instead(name: str, backend: str, why: str, notes: list[Note]) -> str:

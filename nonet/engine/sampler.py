@@ -7,6 +7,7 @@ Legend: B rows, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -14,32 +15,36 @@ from torch import Tensor
 from nonet.engine.messages import TokenLogprob
 from nonet.engine.structured import Grammars
 from nonet.kernels import cpu
+from nonet.kernels import triton as gpu
 from nonet.schedule.sequence import Sequence
 
 _MASK = (1 << 63) - 1
 
 
 class Sampler:
-    """Knows the end-of-sequence tokens; keeps nothing between steps that sequences do not say themselves."""
+    """Knows the end-of-sequence tokens; keeps nothing between steps that sequences do not say themselves, but threads
+    that make noise for GPUs."""
 
     def __init__(self, eos_token_ids: Seq[int], tokenizer_folder: str = "") -> None:
         self.eos_token_ids = tuple(eos_token_ids)
+        self.threads = ThreadPoolExecutor(thread_name_prefix="noise")  # none starts before it has to
         self.grammars = Grammars(tokenizer_folder, eos_token_ids)
 
     def sample(self, logits_BV: Tensor, sequences: Seq[Sequence]) -> list[int]:
         """One token for each row; row b belongs to `sequences[b]`."""
         adjusted = [b for b, sequence in enumerate(sequences) if self._adjusts(sequence)]
-        if not adjusted and all(sequence.params.greedy for sequence in sequences):
-            return largest(logits_BV)
-        logits_BV = logits_BV.float()
+        drawn = [b for b, sequence in enumerate(sequences) if not sequence.params.greedy]
         if adjusted:
-            logits_BV = logits_BV.clone()
+            logits_BV = logits_BV.to(torch.float32, copy=True)
             for b in adjusted:
                 self._adjust(logits_BV[b], sequences[b])
-        tokens = logits_BV.argmax(dim=-1).tolist()
-        for b, sequence in enumerate(sequences):
-            if not sequence.params.greedy:
-                tokens[b] = draw(logits_BV[b], sequence)
+        tokens = largest(logits_BV) if len(drawn) < len(sequences) else [0] * len(sequences)
+        if drawn and gpu.handles(logits_BV):
+            found = draw_rows(logits_BV, drawn, [sequences[b] for b in drawn], self.threads)
+        else:
+            found = [draw(logits_BV[b].float(), sequences[b]) for b in drawn]
+        for b, token in zip(drawn, found, strict=True):
+            tokens[b] = token
         return tokens
 
     def _adjusts(self, sequence: Sequence) -> bool:
@@ -80,7 +85,30 @@ def largest(logits_BV: Tensor) -> list[int]:
         from nonet.kernels.cpu import rows
 
         return rows.argmax(logits_BV.contiguous())
+    if gpu.handles(logits_BV):
+        from nonet.kernels.triton import sampling
+
+        return sampling.argmax(logits_BV).tolist()
     return logits_BV.float().argmax(dim=-1).tolist()
+
+
+def draw_rows(logits_BV: Tensor, rows: Seq[int], sequences: Seq[Sequence], threads: ThreadPoolExecutor) -> list[int]:
+    """`draw` for these rows and their sequences, all at once on a GPU. Noise is made on the CPU, as everywhere."""
+    from nonet.kernels.triton import sampling
+
+    noise_NV = torch.empty((len(rows), logits_BV.shape[1]), pin_memory=True)
+    list(threads.map(lambda row, sequence: row.exponential_(generator=_generator(sequence)), noise_NV, sequences))
+    given = row_N, setting_4N = torch.tensor(rows), settings(sequences)
+    row_N, setting_4N = (part.pin_memory().to(logits_BV.device, non_blocking=True) for part in given)
+    return sampling.draw(logits_BV, row_N, setting_4N, noise_NV.to(logits_BV.device, non_blocking=True)).tolist()
+
+
+def settings(sequences: Seq[Sequence]) -> Tensor:
+    """float32 [4, N]: temperature, logarithm of min_p, top_k, top_p, as `kernels.triton.sampling.draw` takes them."""
+    each = [sequence.params for sequence in sequences]
+    table = torch.tensor([[p.temperature, p.min_p, p.top_k, p.top_p] for p in each]).t().contiguous()
+    table[1].log_()
+    return table
 
 
 def draw(logits_V: Tensor, sequence: Sequence) -> int:
@@ -112,12 +140,14 @@ def _generator(sequence: Sequence) -> torch.Generator:
 def logprobs(logits_BV: Tensor, tokens: Seq[int], counts: Seq[int]) -> list[list[TokenLogprob]]:
     """For each row its token's log probability and rank, then the `counts[b]` most likely, before any adjustment."""
     table = torch.log_softmax(logits_BV.float(), dim=-1)
-    out = []
-    for row, token, count in zip(table, tokens, counts, strict=True):
-        value = row[token]
-        entries: list[TokenLogprob] = [(token, float(value), int((row > value).sum()) + 1)]
-        best = torch.topk(row, min(count, len(row)))
-        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        entries.extend((i, v, rank) for rank, (i, v) in enumerate(pairs, 1) if i != token)
-        out.append(entries)
+    value_B1 = table.gather(1, torch.tensor(tokens, dtype=torch.int64, device=table.device).unsqueeze(1))
+    rank_B = (table > value_B1).sum(dim=1) + 1
+    own = zip(tokens, value_B1.squeeze(1).tolist(), rank_B.tolist(), strict=True)
+    out: list[list[TokenLogprob]] = [[entry] for entry in own]
+    for count in set(counts) - {0}:  # rows that want as many together, so that others change nothing about equal ones
+        rows = [b for b, wanted in enumerate(counts) if wanted == count]
+        best = torch.topk(table[rows], min(count, table.shape[1]))
+        for b, tops, values in zip(rows, best.indices.tolist(), best.values.tolist(), strict=True):
+            pairs = enumerate(zip(tops, values, strict=True), 1)
+            out[b].extend((i, v, rank) for rank, (i, v) in pairs if i != tokens[b])
     return out

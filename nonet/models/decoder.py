@@ -49,10 +49,10 @@ class Decoder:
 
     def forward(self, batch: Batch, cache: Sequence[KvCache]) -> Tensor:
         cos_sin = self.rope.at(batch.position_T)
-        x_tD = self.embedding.embed(batch.token_T, batch.tp_rows)
+        x_tD, y_tD = self.embedding.embed(batch.token_T, batch.tp_rows), None
         for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x_tD = layer.forward(x_tD, cos_sin, layer_cache, batch)
-        x_TD = self.tp.all_gather_rows(x_tD, batch.tp_rows).wait()
+            x_tD, y_tD = layer.forward(x_tD, y_tD, cos_sin, layer_cache, batch)
+        x_TD = self.tp.all_gather_rows(x_tD if y_tD is None else x_tD + y_tD, batch.tp_rows).wait()
         return rms_norm(x_TD[batch.logit_row_B], self.norm, self.eps)
 
     def logits(self, x_BD: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class Decoder:
 
 
 class Layer:
-    """Attention, then experts or a dense MLP, each behind a norm and added to the residual."""
+    """Attention, then experts or a dense MLP, each behind a norm; the norm that follows adds it to the residual."""
 
     def __init__(self, parts: Parts, prefix: str, attention: AttentionLayer, feed: Feed) -> None:
         shape = (parts.spec.hidden_size,)
@@ -68,13 +68,20 @@ class Layer:
         self.attention_norm = parts.checkpoint.expect(f"{prefix}.input_layernorm.weight", shape)
         self.feed_norm = parts.checkpoint.expect(f"{prefix}.post_attention_layernorm.weight", shape)
 
-    def forward(self, x_tD: Tensor, cos_sin: tuple[Tensor, Tensor], cache: KvCache, batch: Batch) -> Tensor:
-        h_TD = self.tp.all_gather_rows(rms_norm(x_tD, self.attention_norm, self.eps), batch.tp_rows).wait()
+    def forward(
+        self, x_tD: Tensor, y_tD: Tensor | None, cos_sin: tuple[Tensor, Tensor], cache: KvCache, batch: Batch
+    ) -> tuple[Tensor, Tensor]:
+        """From (residual, what is still to be added to it; None before the first layer) to the same behind this one."""
+        if y_tD is None:
+            h_tD = rms_norm(x_tD, self.attention_norm, self.eps)
+        else:
+            x_tD, h_tD = add_rms_norm(x_tD, y_tD, self.attention_norm, self.eps)
+        h_TD = self.tp.all_gather_rows(h_tD, batch.tp_rows).wait()
         if h_TD.shape[0]:
             h_TD = self.attention.forward(h_TD, cos_sin, cache, batch.attention)
         h_tD = self.tp.reduce_scatter_rows(h_TD, batch.tp_rows).wait()
         x_tD, h_tD = add_rms_norm(x_tD, h_tD, self.feed_norm, self.eps)
-        return x_tD + self.feed(h_tD, batch)
+        return x_tD, self.feed(h_tD, batch)
 
 
 def dense_mlp(parts: Parts, prefix: str, intermediate_size: int) -> Feed:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nonet.kernels import triton as gpu
+
 
 class LoadCounter:
     """Owned by the worker, added to by every MoE layer, read between steps. Counts stay on the device.
@@ -34,5 +36,15 @@ def _count(index_TK: Tensor, count: Tensor) -> None:
 
         routing.count_experts(index_TK, count)
         return
+    if gpu.handles(index_TK):
+        from nonet.kernels.triton import lookup
+
+        lookup.count(index_TK, count)
+        return
+    count_reference(index_TK, count)
+
+
+def count_reference(index_TK: Tensor, count: Tensor) -> None:
+    """The specification."""
     ones = torch.ones(index_TK.numel(), dtype=torch.int64, device=index_TK.device)
     count.scatter_add_(0, index_TK.reshape(-1), ones)

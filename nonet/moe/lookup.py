@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nonet.eplb.placement import Placement
+from nonet.kernels import triton as gpu
 
 
 class Lookup(Protocol):
@@ -47,13 +48,20 @@ class Even:
         self.count_E = torch.from_numpy(count_E).to(device)
         self.rank = rank
         self.replicated = bool(slot_EC.shape[1] > 1)
+        self.in_order = not self.replicated and bool((slot_EC[:, 0] == np.arange(len(slot_EC))).all())
 
     def __call__(self, expert_TK: Tensor) -> Tensor:
         """Deterministic; replicas of an expert get within one token of each other."""
+        if self.in_order:
+            return expert_TK
         if expert_TK.device.type == "cpu":
             from nonet.kernels.cpu import routing
 
             return routing.look_up(expert_TK, self.slot_EC, self.count_E, self.rank)
+        if gpu.handles(expert_TK):
+            from nonet.kernels.triton import lookup
+
+            return lookup.look_up(expert_TK, self.slot_EC, self.count_E, self.rank)
         return self.reference(expert_TK)
 
     def reference(self, expert_TK: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nonet.kernels import cpu
+from nonet.kernels import triton as gpu
 
 Choice = tuple[Tensor, Tensor]  # expert_TK int64, weight_TK float32
 Rule = Callable[[Tensor], Choice]  # from logits_TE
@@ -26,6 +27,10 @@ def softmax_topk(top_k: int, renormalise: bool) -> Rule:
             from nonet.kernels.cpu import routing
 
             return routing.softmax_topk(logits_TE, top_k, renormalise)
+        if gpu.handles(logits_TE):
+            from nonet.kernels.triton import routing as on_gpu
+
+            return on_gpu.topk(logits_TE, top_k, renormalise=renormalise)
         return softmax_topk_reference(logits_TE, top_k, renormalise)
 
     return rule
@@ -67,18 +72,39 @@ def scored_topk(
         return softmax_topk(top_k, renormalise)
 
     def rule(logits_TE: Tensor) -> Choice:
-        logits_TE = logits_TE.float()
-        score_TE = logits_TE.sigmoid() if scoring == "sigmoid" else logits_TE.softmax(dim=-1)
-        worth_TE = score_TE if bias_E is None else score_TE + bias_E
-        if groups is not None:
-            worth_TE = _only_kept(worth_TE, groups)
-        expert_TK = worth_TE.topk(top_k, dim=-1).indices
-        weight_TK = score_TE.gather(1, expert_TK)
-        if renormalise:
-            weight_TK = weight_TK / (weight_TK.sum(dim=-1, keepdim=True) + 1e-20)  # sigmoids may all be zero
-        return expert_TK, weight_TK * scale
+        if gpu.handles(logits_TE):
+            from nonet.kernels.triton import routing
+
+            bounds = (1, 1, 1) if groups is None else (groups.count, groups.kept, groups.best)
+            return routing.topk(
+                logits_TE, top_k, sigmoid=scoring == "sigmoid", bias_E=bias_E, groups=bounds, renormalise=renormalise,
+                scale=scale,
+            )  # fmt: skip
+        return scored_topk_reference(logits_TE, top_k, scoring, bias_E, groups, renormalise, scale)
 
     return rule
+
+
+def scored_topk_reference(
+    logits_TE: Tensor,
+    top_k: int,
+    scoring: Literal["softmax", "sigmoid"],
+    bias_E: Tensor | None,
+    groups: Groups | None,
+    renormalise: bool,
+    scale: float,
+) -> Choice:
+    """The specification of the rule above."""
+    logits_TE = logits_TE.float()
+    score_TE = logits_TE.sigmoid() if scoring == "sigmoid" else logits_TE.softmax(dim=-1)
+    worth_TE = score_TE if bias_E is None else score_TE + bias_E
+    if groups is not None:
+        worth_TE = _only_kept(worth_TE, groups)
+    expert_TK = worth_TE.topk(top_k, dim=-1).indices
+    weight_TK = score_TE.gather(1, expert_TK)
+    if renormalise:
+        weight_TK = weight_TK / (weight_TK.sum(dim=-1, keepdim=True) + 1e-20)  # sigmoids may all be zero
+    return expert_TK, weight_TK * scale
 
 
 def _only_kept(worth_TE: Tensor, groups: Groups) -> Tensor:

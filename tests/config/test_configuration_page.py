@@ -11,7 +11,7 @@ from nonet.cli.main import app
 from nonet.config.dialects.words import SHORT, WORDS, describe, flag, groups, settings
 from nonet.config.env import HARMLESS, MISSING, VARIABLES
 from nonet.config.load import leaves
-from nonet.config.resolve import ALL2ALL_ROLES, BACKEND_OF_ROLES
+from nonet.config.roles import ON_CPU, ROLES
 
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "configuration.md").read_text(encoding="utf-8")
 
@@ -38,7 +38,8 @@ def test_the_table_of_variables():
 
 def test_the_roles():
     section = PAGE.partition("\n## All-to-all by role\n")[2].partition("\n## ")[0]
-    assert all(f"`{name}`" in section for name in (*ALL2ALL_ROLES, *BACKEND_OF_ROLES.values()))
+    names = {ON_CPU, *ROLES, *(role.on_cuda for role in ROLES.values())}
+    assert all(f"`{name}`" in section for name in names)
 
 
 def test_the_page_names_words_that_there_are():

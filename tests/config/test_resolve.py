@@ -7,11 +7,13 @@ import os
 import pytest
 from model_folders import write_model
 
+from nonet import plugins
 from nonet.config import build_config
 from nonet.config.checkpoint import read_spec
 from nonet.config.env import VARIABLES
 from nonet.config.fleet import Fleet, split_evenly
-from nonet.config.resolve import ALL2ALL_ROLES, CPU_KV_CACHE_BYTES, block_bytes, kv_heads_per_rank, resolve
+from nonet.config.resolve import CPU_KV_CACHE_BYTES, block_bytes, kv_heads_per_rank, resolve
+from nonet.config.roles import ROLES, SEND_FP8
 from nonet.errors import ConfigError, ModelError
 
 
@@ -69,6 +71,41 @@ def test_clients_name_the_model_as_it_was_given():
     assert named.server.served_model_name == ["nonet-tiny"]
     other = build_config("nonet-tiny", device="cpu", served_model_name=["a", "b"])
     assert resolve(other, read_spec("nonet-tiny"), num_gpus=0).server.served_model_name == ["a", "b"]
+
+
+@pytest.mark.parametrize(("device", "here", "wanted"), [
+    ("cpu", True, "reference"), ("cuda", True, "triton"), ("cuda", False, "reference"),
+])  # fmt: skip
+def test_what_computes_attention(resolved, monkeypatch, device, here, wanted):
+    monkeypatch.setattr("nonet.config.resolve.find_spec", lambda name: object() if here else None)
+    gpus = {"num_gpus": 1} if device == "cuda" else {}
+    assert resolved(device=device, **gpus).model.attention_backend == wanted
+    assert resolved(device=device, **gpus, attention_backend="reference").model.attention_backend == "reference"
+
+
+def test_attention_kernels_that_cannot_run_are_refused(refused, monkeypatch):
+    message = "attention_backend = 'triton': runs on GPUs; use auto or reference"
+    assert refused(attention_backend="TRITON_ATTN", device="cpu") == message
+    monkeypatch.setattr("nonet.config.resolve.find_spec", lambda name: None)
+    message = "attention_backend = 'triton': the package triton is not installed; use auto or reference"
+    assert refused(1, attention_backend="triton", device="cuda") == message
+    monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "FLASHMLA")
+    names = "auto, reference, triton, flashinfer, TRITON_ATTN, TRITON_MLA, FLASHINFER, TORCH_SDPA"
+    assert refused() == f"VLLM_ATTENTION_BACKEND = 'FLASHMLA': use one of: {names}"
+
+
+@pytest.mark.parametrize(("changes", "dtype", "problem"), [
+    ({}, "float32", "has no kernels for float32"), ({}, "bfloat16", None),
+    ({"kv_lora_rank": 8}, "bfloat16", "is not used for multi-head latent attention"),
+    ({"attention_chunk_size": 8}, "bfloat16", "has no chunks and no sinks, which the model needs"),
+])  # fmt: skip
+def test_what_flashinfer_does_not_do(resolved, refused, monkeypatch, changes, dtype, problem):
+    monkeypatch.setattr("nonet.config.resolve.find_spec", lambda name: object())
+    settings = {"num_gpus": 1, "changes": changes, "attention_backend": "FLASHINFER", "dtype": dtype}
+    if problem is None:
+        assert resolved(**settings).model.attention_backend == "flashinfer"
+    else:
+        assert refused(**settings) == f"attention_backend = 'flashinfer': {problem}; use auto or reference"
 
 
 def test_what_was_given_stays(resolved):
@@ -203,13 +240,29 @@ def test_backends_that_move_no_tokens_are_refused_with_expert_parallelism(refuse
 def test_an_unknown_backend_is_refused_also_where_none_is_needed(refused, settings):
     assert refused(**settings, all2all_backend="naiv") == "all2all_backend = 'naiv': did you mean 'naive'?"
     assert refused(**settings, expert_backend="refrence") == "expert_backend = 'refrence': did you mean 'reference'?"
-    wrong_place = refused(**settings, expert_backend="triton", device="cpu")
-    assert wrong_place == "expert_backend = 'triton': runs on GPUs; use auto or grouped"
+    for name in ("triton", "deepgemm", "flashinfer"):
+        wrong_place = refused(**settings, expert_backend=name, device="cpu")
+        assert wrong_place == f"expert_backend = '{name}': runs on GPUs; use auto or grouped"
 
 
-@pytest.mark.parametrize("name", ALL2ALL_ROLES)
-@pytest.mark.parametrize(("gpus", "backend"), [(0, "shm"), (2, "all2allv")])
-def test_a_name_of_a_role_finds_the_backend_of_that_role(resolved, caplog, name, gpus, backend):
+@pytest.fixture
+def installed(monkeypatch) -> set[str]:
+    """The libraries that are found."""
+    found: set[str] = set()
+    monkeypatch.setattr("nonet.config.roles.find_spec", lambda name: object() if name in found else None)
+    return found
+
+
+@pytest.mark.parametrize(("name", "gpus", "backend"), [
+    *[(name, 0, "shm") for name in ROLES],
+    ("pplx", 2, "nvlink_low_latency"),
+    ("deepep_low_latency", 2, "nvlink_low_latency"),
+    ("deepep_high_throughput", 2, "nvlink_high_throughput"),
+    ("flashinfer_all2allv", 2, "nvlink_low_latency"),
+])  # fmt: skip
+def test_a_name_of_a_role_finds_the_backend_of_that_role(resolved, installed, caplog, name, gpus, backend):
+    if not gpus:
+        installed |= {"deep_ep", "flashinfer"}  # they run on GPUs
     config = resolved(gpus, **ep(dp=2, all2all_backend=name))
     assert config.moe.all2all_backend == backend
     (line,) = caplog.messages
@@ -218,6 +271,21 @@ def test_a_name_of_a_role_finds_the_backend_of_that_role(resolved, caplog, name,
     caplog.clear()
     resolve(config, read_spec(config.model.model), num_gpus=gpus)
     assert caplog.messages == [], "said once"
+
+
+@pytest.mark.parametrize(("name", "library"), [(n, role.library) for n, role in ROLES.items() if role.library])
+def test_a_library_that_is_installed_plays_its_role_itself(resolved, installed, caplog, name, library):
+    installed.add(library)
+    config = resolved(2, **ep(dp=2, all2all_backend=name, strict=True))
+    assert config.moe.all2all_backend == name
+    assert caplog.messages == []
+
+
+def test_backends_of_roles_are_there():
+    there = plugins.names("nonet.moe.all2all")
+    assert {role.on_cuda for role in ROLES.values()} <= set(there)
+    assert {name for name, role in ROLES.items() if role.library} <= set(there)
+    assert set(SEND_FP8) <= set(there)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from nonet.config.env import HARMLESS, MISSING, VARIABLES
 from nonet.config.load import leaves
 
 # Settled for every configuration, whatever is asked; tests of resolving have their values.
-ALWAYS = {"model.model", "model.tokenizer", "model.dtype", "model.max_model_len", "parallel.device", "cache.num_blocks",
-          "moe.expert_backend", "runtime.threads_per_rank"}  # fmt: skip
+ALWAYS = {"model.model", "model.tokenizer", "model.dtype", "model.max_model_len", "model.attention_backend",
+          "parallel.device", "cache.num_blocks", "moe.expert_backend", "runtime.threads_per_rank"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -149,8 +149,9 @@ def test_gpus_are_not_needed(printed):
     code, out, err = printed(["serve", *words])
     assert (code, err) == (0, "")
     tree = yaml.safe_load(out)
-    assert (tree["parallel"]["device"], tree["moe"]["all2all_backend"]) == ("cuda", "all2allv")
-    assert "# note: all2all_backend = 'pplx': stands for exchange within a node, on cuda: 'all2allv' is used" in out
+    assert (tree["parallel"]["device"], tree["moe"]["all2all_backend"]) == ("cuda", "nvlink_low_latency")
+    line = "stands for exchange within a node, on cuda: 'nvlink_low_latency' is used"
+    assert f"# note: all2all_backend = 'pplx': {line}" in out
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,21 @@
-"""Triton kernels against their plain forms: on a GPU, or on CPU tensors in Triton's interpreter.
+"""Triton's grouping and expert kernels against their plain forms: on a GPU, or on CPU tensors in its interpreter.
 
 Run by test_triton.py in a process of its own, since the interpreter is chosen when kernels are imported.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from nonet.kernels.fp8 import FP8
 from nonet.kernels.triton import INTERPRETED, experts, grouping
-from nonet.kernels.triton.experts import Tile
+from nonet.kernels.triton.tiling import Tile
 from nonet.moe.base import Dispatched, group_by_slot_reference, sum_pairs
+from nonet.moe.experts import reference
 from nonet.moe.experts.triton import TritonExperts, tiles
 from nonet.weights.slots import SlotWeights
 
@@ -25,7 +29,7 @@ def grouped(N: int, K: int, S: int, seed: int = 0) -> tuple[torch.Tensor, torch.
     return slot_NK.to(DEVICE), torch.rand((N, K), generator=generator).to(DEVICE)
 
 
-SHAPES = [(0, 2, 3), (1, 8, 16), (5, 3, 7), (1, 1, 1), (16, 1, 5), (9, 2, 0), (200, 4, 6), (1100, 2, 3)]
+SHAPES = [(0, 2, 3), (1, 8, 16), (5, 3, 7), (1, 1, 1), (16, 1, 5), (9, 2, 0), (100, 4, 6), (200, 4, 6), (2200, 2, 3)]
 LARGE = [] if INTERPRETED else [(3000, 8, 128), (8192, 8, 256), (70_000, 1, 3)]
 
 
@@ -73,11 +77,15 @@ def near(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> None:
 
 
 TILES = [Tile(16, 16, 16, 4, 2, True), Tile(16, 32, 16, 4, 2, False), Tile(32, 16, 32, 4, 3, True)]
+LOOPS = [Tile(16, 16, 16, 4, 2, True, 1), Tile(16, 32, 32, 4, 2, False, 2)]  # programs that take several jobs
+HALVES = [Tile(128, 32, 32, 8, 2, False), Tile(128, 32, 16, 8, 2, False, 1)]  # whose last blocks may be half as large
+SIZES = [(11, 2, 4, 32, 32), (9, 3, 5, 40, 24), (40, 1, 2, 48, 16)]
+RUNS = [(*size, tile) for size in SIZES for tile in TILES] + [(*SIZES[0], tile) for tile in LOOPS]
+RUNS += [(90, 2, 2, 32, 32, tile) for tile in HALVES]  # one slot has more than 64 pairs, one fewer
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize(("N", "K", "S", "D", "width"), [(11, 2, 4, 32, 32), (9, 3, 5, 40, 24), (40, 1, 2, 48, 16)])
+@pytest.mark.parametrize(("N", "K", "S", "D", "width", "tile"), RUNS)
 def test_two_products(N, K, S, D, width, tile, dtype):
     own, given = problem(N, K, S, D, width, dtype)
     tables = [torch.tensor([w.data_ptr() for w in part], device=DEVICE) for part in (own.gate_up, own.down)]
@@ -102,9 +110,24 @@ def test_the_backend_chooses_tiles_for_any_number_of_rows(N):
     near(kernel(given, own, "rows"), sum_pairs(y_MD, given), dtype)
 
 
+@pytest.mark.parametrize("swap", [True, False])
+@pytest.mark.parametrize("activation", ["silu", "clamped"])
+def test_biases_and_the_other_activation(activation, swap, monkeypatch):
+    """As gpt-oss has them; the biases of adjoining slots begin anywhere."""
+    own, given = problem(11, 2, 4, 32, 24, torch.float32)
+    draw = torch.Generator().manual_seed(2)
+    gate_up_bias, down_bias = (torch.randn((4, n), generator=draw).to(DEVICE) * 4 for n in (48, 33))
+    own = replace(own, gate_up_bias=gate_up_bias.unbind(), down_bias=tuple(b[1:] for b in down_bias.unbind()))
+    own = replace(own, activation=activation)
+    tile = Tile(16, 16, 16, 4, 2, swap)
+    monkeypatch.setattr("nonet.moe.experts.triton.tiles", lambda pairs, dtype: (tile, tile))
+    total = int(given.count_S.sum())
+    near(TritonExperts()(given, own, "pairs")[:total], reference.create()(given, own, "pairs")[:total], torch.float32)
+
+
 def test_every_rule_fits_its_shape():
     for pairs in (0.1, 1, 5, 20, 60, 300):
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype in (torch.bfloat16, torch.float32, FP8):
             for tile in tiles(pairs, dtype):
                 assert tile.BM >= 16
                 assert min(tile.BN, tile.BK) >= 16

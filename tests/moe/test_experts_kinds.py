@@ -96,6 +96,8 @@ def test_kernel_against_the_formula(name, device, load, kind, dtype, tolerance):
     (own, numbers), given = slots(kind, device, dtype), sent(LOADS[load], device, dtype)
     kernel = plugins.load("nonet.moe.experts", name, "expert_backend").create()
     assert not own.plain
+    if name == "triton":  # wants each slot aligned: in an allocation of its own
+        own = replace(own, gate_up=tuple(w.clone() for w in own.gate_up), down=tuple(w.clone() for w in own.down))
     if name not in ("reference", "grouped") and refuses(kernel, given, own):
         return
     y_MD, y_ND = kernel(given, own, "pairs"), kernel(given, own, "rows")

@@ -1,7 +1,8 @@
-"""A stable counting sort of (row, slot) pairs by slot, on the device, in one launch for few pairs and two for many.
+"""A stable counting sort of (row, slot) pairs by slot, on the device, in one launch for few pairs, else two or three.
 
-Specified by `moe.base.group_by_slot_reference`. Pairs are cut into chunks; each program counts the chunks before its
-own and places its pairs behind theirs, so the order is that of the pairs, whatever runs first.
+Specified by `moe.base.group_by_slot_reference`. Pairs are cut into chunks, a program each; it learns how many pairs of
+each slot the chunks before its own have, and places its pairs behind theirs, so the order is that of the pairs,
+whatever runs first.
 Legend: N rows, K slots a row, P = N x K pairs, S slots, C chunks.
 """
 
@@ -12,9 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# A chunk is a program's; it compares a part of it at a time with all slots, and reads the counts of all chunks, some
-# rows at a time: (pairs of a chunk, of a part, rows), fastest on an H100 up to so many pairs, and beyond.
-FEWEST, LIMIT, FEW, MANY = 16, 8192, (128, 128, 8), (512, 64, 32)
+from nonet.kernels.triton.tiling import early, wait_for_the_kernel_before
+
+# Up to ALONE pairs one program has them all, beyond it CHUNK; up to so many chunks each counts those before by itself.
+# The fastest tried on an H100.
+FEWEST, ALONE, CHUNK, CHUNKS = 32, 256, 128, 32
 
 
 def group(slot_NK: Tensor, weight_NK: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -27,21 +30,23 @@ def group(slot_NK: Tensor, weight_NK: Tensor, num_slots: int) -> tuple[Tensor, T
     pair = torch.empty((N, K), dtype=torch.int64, device=device)
     start = torch.empty(num_slots, dtype=torch.int64, device=device)
     count = torch.empty(num_slots, dtype=torch.int64, device=device)
-    most, part, rows = FEW if P <= LIMIT else MANY
-    chunk = min(most, max(FEWEST, triton.next_power_of_2(P)))
-    chunks = max(1, triton.cdiv(P, chunk))
     slot_NK, weight_NK = slot_NK.contiguous(), weight_NK.contiguous()
-    slots = triton.next_power_of_2(max(1, num_slots))
-    shape = dict(P=P, K=K, S=num_slots, CHUNK=chunk, PART=min(part, chunk), SLOTS=slots)
-    counts = torch.empty((chunks, num_slots), dtype=torch.int32, device=device)
-    if chunks > 1:
-        _count[(chunks,)](slot_NK, counts, num_warps=4, **shape)
-        _place[(chunks,)](
-            slot_NK, weight_NK, counts, row, weight, pair, start, count, chunks, ROWS=rows, num_warps=4, **shape
-        )
-    else:
-        _place_all[(1,)](slot_NK, weight_NK, row, weight, pair, start, count, num_warps=4, **shape)
-    return row, weight, pair, start, count
+    slots = triton.next_power_of_2(max(FEWEST, num_slots))
+    chunk = max(FEWEST, triton.next_power_of_2(P)) if P <= ALONE else CHUNK
+    chunks = max(1, triton.cdiv(P, chunk))
+    shape = dict(P=P, S=num_slots, CHUNK=chunk, SLOTS=slots, num_warps=8 if chunk > 128 else 4, **early(device))
+    ins, outs = (slot_NK, weight_NK), (row, weight, pair, start, count)
+    if chunks == 1:
+        _place_all[(1,)](*ins, *outs, K, **shape)
+        return outs
+    number_CS = torch.empty((chunks, num_slots), dtype=torch.int32, device=device)
+    _count[(chunks,)](slot_NK, number_CS, **shape)
+    few = chunks <= CHUNKS
+    if not few:
+        _add_up[(triton.cdiv(num_slots, 4),)](number_CS, count, chunks, num_slots, num_warps=4, **early(device))
+    most = triton.next_power_of_2(chunks) if few else 1
+    _place[(chunks,)](*ins, number_CS, *outs, chunks, K, MOST=most, ADDED=not few, **shape)
+    return outs
 
 
 @triton.jit
@@ -52,62 +57,82 @@ def _own(slot, p, P, S):
 
 
 @triton.jit
-def _count(slot, counts, P, K, S, CHUNK: tl.constexpr, PART: tl.constexpr, SLOTS: tl.constexpr):
-    s = tl.arange(0, SLOTS)
-    number = tl.zeros([SLOTS], tl.int32)
-    for part in range(0, CHUNK, PART):
-        own = _own(slot, tl.program_id(0) * CHUNK + part + tl.arange(0, PART), P, S)
-        number += tl.sum((own[:, None] == s[None, :]).to(tl.int32), axis=0)
-    tl.store(counts + tl.program_id(0) * S + s, number, mask=s < S)
+def _number(own, S, SLOTS: tl.constexpr):
+    """How many of these pairs each slot has."""
+    return tl.histogram(own, SLOTS, mask=own < S)
+
+
+@triton.jit
+def _spread(p, own, next_S, slot, weight, row_out, weight_out, pair_out, P, K, S, CHUNK: tl.constexpr):
+    """Put pairs p where they belong, the first of each slot at next_S."""
+    other = _own(slot, p, P, S)  # the same numbers, along the other side of a square
+    j = tl.arange(0, CHUNK)
+    before = (own[:, None] == other[None, :]) & (j[:, None] > j[None, :])
+    here = own < S
+    place = tl.gather(next_S, tl.where(here, own, 0), 0) + tl.sum(before.to(tl.int32), axis=1)
+    tl.store(pair_out + p, tl.where(here, place, -1).to(tl.int64), mask=p < P)
+    tl.store(row_out + place, (p // K).to(tl.int64), mask=here)
+    tl.store(weight_out + place, tl.load(weight + p, mask=here, other=0.0).to(tl.float32), mask=here)
+
+
+@triton.jit
+def _count(slot, number, P, S, CHUNK: tl.constexpr, SLOTS: tl.constexpr, EARLY: tl.constexpr):
+    wait_for_the_kernel_before(EARLY)
+    me, s = tl.program_id(0), tl.arange(0, SLOTS)
+    own = _own(slot, me * CHUNK + tl.arange(0, CHUNK), P, S)
+    tl.store(number + me * S + s, _number(own, S, SLOTS), mask=s < S)
+
+
+@triton.jit
+def _add_up(number, count_out, chunks, S, EARLY: tl.constexpr):
+    """Each chunk's numbers become those of all chunks before it; a program does some slots."""
+    wait_for_the_kernel_before(EARLY)
+    s, c = tl.program_id(0) * 4 + tl.arange(0, 4), tl.arange(0, 256)
+    total = tl.zeros([4], tl.int32)
+    for first in range(0, chunks, 256):
+        to = number + (first + c)[:, None] * S + s[None, :]
+        mask = ((first + c)[:, None] < chunks) & (s[None, :] < S)
+        own = tl.load(to, mask=mask, other=0)
+        tl.store(to, tl.cumsum(own, axis=0) - own + total[None, :], mask=mask)
+        total += tl.sum(own, axis=0)
+    tl.store(count_out + s, total.to(tl.int64), mask=s < S)
 
 
 @triton.jit
 def _place(
-    slot, weight, counts, row_out, weight_out, pair_out, start_out, count_out, chunks,
-    P, K, S, CHUNK: tl.constexpr, PART: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
+    slot, weight, number, row_out, weight_out, pair_out, start_out, count_out, chunks, K,
+    P, S, CHUNK: tl.constexpr, SLOTS: tl.constexpr, MOST: tl.constexpr, ADDED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    me = tl.program_id(0)
-    s, c = tl.arange(0, SLOTS), tl.arange(0, ROWS)
-    before, total = tl.zeros([SLOTS], tl.int32), tl.zeros([SLOTS], tl.int32)
-    for first in range(0, chunks, ROWS):
-        chunk = first + c
-        mask = (chunk[:, None] < chunks) & (s[None, :] < S)
-        number = tl.load(counts + chunk[:, None] * S + s[None, :], mask=mask, other=0)
-        total += tl.sum(number, axis=0)
-        before += tl.sum(tl.where(chunk[:, None] < me, number, 0), axis=0)
+    wait_for_the_kernel_before(EARLY)
+    me, s = tl.program_id(0), tl.arange(0, SLOTS)
+    if ADDED:
+        total = tl.load(count_out + s, mask=s < S, other=0).to(tl.int32)
+        before = tl.load(number + me * S + s, mask=s < S, other=0)
+    else:
+        c = tl.arange(0, MOST)
+        all = tl.load(number + c[:, None] * S + s[None, :], mask=(c[:, None] < chunks) & (s[None, :] < S), other=0)
+        total, before = tl.sum(all, axis=0), tl.sum(tl.where(c[:, None] < me, all, 0), axis=0)
     start = tl.cumsum(total, axis=0) - total
     if me == 0:
         tl.store(start_out + s, start.to(tl.int64), mask=s < S)
-        tl.store(count_out + s, total.to(tl.int64), mask=s < S)
-    place_S = start + before  # where the next pair of each slot goes
-    for part in range(0, CHUNK, PART):
-        p = me * CHUNK + part + tl.arange(0, PART)
-        own = _own(slot, p, P, S)
-        is_own = (own[:, None] == s[None, :]).to(tl.int32)
-        rank = tl.cumsum(is_own, axis=0) - is_own  # pairs of this part before, with the same slot
-        place = tl.sum(is_own * (rank + place_S[None, :]), axis=1)
-        place_S += tl.sum(is_own, axis=0)
-        here = own < S
-        tl.store(pair_out + p, tl.where(here, place, -1).to(tl.int64), mask=p < P)
-        tl.store(row_out + place, (p // K).to(tl.int64), mask=here)
-        tl.store(weight_out + place, tl.load(weight + p, mask=here, other=0.0).to(tl.float32), mask=here)
+        if not ADDED:
+            tl.store(count_out + s, total.to(tl.int64), mask=s < S)
+    p = me * CHUNK + tl.arange(0, CHUNK)
+    own = _own(slot, p, P, S)
+    _spread(p, own, start + before, slot, weight, row_out, weight_out, pair_out, P, K, S, CHUNK)
 
 
 @triton.jit
 def _place_all(
-    slot, weight, row_out, weight_out, pair_out, start_out, count_out,
-    P, K, S, CHUNK: tl.constexpr, PART: tl.constexpr, SLOTS: tl.constexpr,
+    slot, weight, row_out, weight_out, pair_out, start_out, count_out, K,
+    P, S, CHUNK: tl.constexpr, SLOTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The same where one program has all pairs: it counts them itself."""
+    wait_for_the_kernel_before(EARLY)
     p, s = tl.arange(0, CHUNK), tl.arange(0, SLOTS)
     own = _own(slot, p, P, S)
-    is_own = (own[:, None] == s[None, :]).to(tl.int32)
-    total = tl.sum(is_own, axis=0)
+    total = _number(own, S, SLOTS)
     start = tl.cumsum(total, axis=0) - total
     tl.store(start_out + s, start.to(tl.int64), mask=s < S)
     tl.store(count_out + s, total.to(tl.int64), mask=s < S)
-    place = tl.sum(is_own * (tl.cumsum(is_own, axis=0) - is_own + start[None, :]), axis=1)
-    here = own < S
-    tl.store(pair_out + p, tl.where(here, place, -1).to(tl.int64), mask=p < P)
-    tl.store(row_out + place, (p // K).to(tl.int64), mask=here)
-    tl.store(weight_out + place, tl.load(weight + p, mask=here, other=0.0).to(tl.float32), mask=here)
+    _spread(p, own, start, slot, weight, row_out, weight_out, pair_out, P, K, S, CHUNK)

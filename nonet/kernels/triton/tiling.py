@@ -1,0 +1,111 @@
+"""What the grouped products over slots share: how they are cut up, and how a program finds its slot and reads tiles.
+
+Used by `experts` and `experts_fp8`. Jobs are (block of a slot's pairs, tile of outputs); each program finds its slot by
+counting blocks, so nothing is mapped before and nothing read on the host.
+Legend: M pairs (an upper bound), S slots; BM pairs, BN outputs and BK inputs of a tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from nonet.kernels.triton import INTERPRETED
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How one product is cut up. `swap`: the weight on the left. `each`: programs a multiprocessor, which take jobs in
+    turns; 0: one program a job."""
+
+    BM: int
+    BN: int
+    BK: int
+    warps: int
+    stages: int
+    swap: bool
+    each: int = 0
+
+
+def programs(M: int, S: int, tiles: int, tile: Tile, device: torch.device) -> int:
+    """The size of the grid. There are at most min(M, M // BM + S) blocks: a slot's last one may be partly empty, but
+    has a pair."""
+    jobs = max(1, min(M, M // tile.BM + S)) * tiles
+    if not tile.each:
+        return jobs
+    return min(jobs, tile.each * (1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count))
+
+
+def early(device: torch.device) -> dict[str, bool]:
+    """Launch options: from Hopper on a kernel may start while the one before it ends, and waits for it itself."""
+    if INTERPRETED or torch.cuda.get_device_capability(device) < (9, 0):
+        return {"EARLY": False}
+    return {"EARLY": True, "launch_pdl": True}
+
+
+@triton.jit
+def wait_for_the_kernel_before(EARLY: tl.constexpr):
+    """Nothing it wrote may be read before, and nothing written; what was written still earlier may be read.
+
+    Every kernel that starts early must come here, also one that reads nothing, so that the next can rely on it.
+    """
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def count_blocks(start, count, S, BM: tl.constexpr, SLOTS: tl.constexpr):
+    """(pairs of each slot, where they start, where their blocks end; blocks of all slots)."""
+    s = tl.arange(0, SLOTS)
+    number = tl.load(count + s, mask=s < S, other=0).to(tl.int32)
+    begin = tl.load(start + s, mask=s < S, other=0).to(tl.int32)
+    blocks = (number + BM - 1) // BM
+    return number, begin, tl.cumsum(blocks, axis=0), tl.sum(blocks, axis=0)
+
+
+@triton.jit
+def find(block, blocks_S, BM: tl.constexpr, SLOTS: tl.constexpr):
+    """(slot, its first pair in this block, its pairs from there on), by what `count_blocks` gave."""
+    number, begin, end, _ = blocks_S
+    slot = tl.sum((end <= block).to(tl.int32), axis=0)
+    own = tl.arange(0, SLOTS) == slot
+    before = (block - tl.sum(tl.where(own, end - (number + BM - 1) // BM, 0), axis=0)) * BM
+    return slot, tl.sum(tl.where(own, begin, 0), axis=0) + before, tl.sum(tl.where(own, number, 0), axis=0) - before
+
+
+@triton.jit
+def at(address, slot, dtype: tl.constexpr):
+    """The pointer to a slot's weight. Without the hints loads are of single numbers."""
+    where = tl.multiple_of(tl.load(address + slot), 16)
+    return tl.multiple_of(where.to(tl.pointer_type(dtype)), 16)
+
+
+@triton.jit
+def part(pointer, rows, columns, width: tl.constexpr, height: tl.constexpr, WHOLE: tl.constexpr):
+    """A tile of a weight [height, width]."""
+    to = pointer + rows[:, None].to(tl.int64) * width + columns[None, :]
+    return tl.load(to) if WHOLE else tl.load(to, mask=(rows[:, None] < height) & (columns[None, :] < width), other=0.0)
+
+
+@triton.jit
+def gathered(x, rows, columns, here, width: tl.constexpr, WHOLE: tl.constexpr):
+    """A tile of gathered rows, zeros where there is none."""
+    mask = here[:, None] if WHOLE else here[:, None] & (columns[None, :] < width)
+    return tl.load(x + rows[:, None].to(tl.int64) * width + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def fetch(pointer, rows, height: tl.constexpr, width: tl.constexpr, SIZE: tl.constexpr):
+    """Ask for the beginnings of rows of a weight [height, width] of SIZE bytes a number, so that they are near later."""
+    line = tl.arange(0, 4) * 128
+    begin = pointer.to(tl.int64)
+    to = begin + rows[:, None].to(tl.int64) * width * SIZE + line[None, :]
+    to = tl.where((rows[:, None] < height) & (line[None, :] < width * SIZE), to, begin)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [to], dtype=tl.int32, is_pure=False, pack=1
+    )

@@ -1,0 +1,65 @@
+"""Shared by the adapters to all-to-alls of other libraries: what is installed, and slots as such a library counts them.
+
+These libraries divide "experts" evenly over ranks, while a rank here may have any number of slots: slot s of rank r is
+their expert r * most + s, with `most` the slots of the rank that has most. Legend: see moe/base.py.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from nonet.errors import ConfigError
+from nonet.kernels import triton as gpu
+from nonet.kernels.fp8 import ROW_BLOCK, quantize_rows
+from nonet.moe.base import All2AllSpec
+
+
+def missing(module: str, remedy: str) -> str | None:
+    """Why an adapter cannot run here, or None."""
+    return None if find_spec(module) else f"the module {module} is not installed; {remedy}"
+
+
+def needs_cuda(name: str, spec: All2AllSpec) -> None:
+    """Raises ConfigError on CPUs."""
+    if spec.group.device.type != "cuda":
+        raise ConfigError("all2all_backend", name, "moves GPU tensors; on CPUs use shm")
+
+
+def check_fp8(spec: All2AllSpec) -> None:
+    """Raises ConfigError where rows cannot travel in FP8."""
+    if spec.fp8 and (spec.dtype != torch.bfloat16 or spec.hidden_size % ROW_BLOCK):
+        remedy = f"rows travel in FP8 only in bfloat16 models of a width that {ROW_BLOCK} divides"
+        raise ConfigError("fp8_dispatch", True, remedy)
+
+
+def row_bytes(spec: All2AllSpec) -> int:
+    """Of a row that travels, with its factors."""
+    D = spec.hidden_size
+    return D + 4 * (D // ROW_BLOCK) if spec.fp8 else D * spec.dtype.itemsize
+
+
+def in_fp8(x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """`kernels.fp8.quantize_rows`, on GPUs in one pass."""
+    if gpu.handles(x_TD):
+        from nonet.kernels.triton import experts_fp8
+
+        return experts_fp8.quantize_rows(x_TD)
+    return quantize_rows(x_TD)
+
+
+class EvenIds:
+    """Slots as ids of a library that gives each rank `most` experts."""
+
+    def __init__(self, spec: All2AllSpec, absent: int, dtype: torch.dtype = torch.int64) -> None:
+        """`absent` is the id that a slot -1 gets."""
+        by_rank = spec.fleet.slots_by_rank
+        self.most = max(by_rank)
+        ids = [rank * self.most + place for rank, slots in enumerate(by_rank) for place in range(slots)]
+        self._id_G1 = torch.tensor([*ids, absent], dtype=dtype, device=spec.group.device)  # -1 finds the last
+
+    def __call__(self, slot_TK: Tensor) -> Tensor:
+        """In slot_TK's shape."""
+        return self._id_G1[slot_TK]

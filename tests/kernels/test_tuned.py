@@ -1,0 +1,67 @@
+"""Tables of tiles: what is read, how a bucket is found, and that every shipped entry is a tile a kernel can have."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.importorskip("triton")
+
+from nonet.kernels.triton import tuned  # noqa: E402
+from nonet.kernels.triton.tiling import Tile  # noqa: E402
+from nonet.kernels.triton.tuned import Bucket, Layer  # noqa: E402
+
+SHIPPED = sorted(tuned.FOLDER.glob("*.json"))
+SMALL, LARGE = Tile(16, 64, 128, 4, 3, True), Tile(128, 128, 64, 8, 4, False, 1)
+SHARED_MEMORY = 227 * 1024  # bytes a program can have, from Hopper on
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path):
+    layer = Layer(8, 256, 128, "bfloat16", (Bucket(0.5, SMALL, SMALL), Bucket(64, LARGE, LARGE)))
+    bucket = {"pairs_a_slot": 0.5, "gate_up": [16, 64, 128, 4, 3, True, 0], "down": [16, 64, 128, 4, 3, True]}
+    many = {"pairs_a_slot": 64, "gate_up": [128, 128, 64, 8, 4, False, 1], "down": [128, 128, 64, 8, 4, False, 1]}
+    entry = {"slots": 8, "hidden": 256, "intermediate": 128, "dtype": "bfloat16", "buckets": [bucket, many]}
+    tuned.path("Some GPU/8", tmp_path).write_text(json.dumps({"layers": [entry]}))
+    assert (tmp_path / "Some_GPU_8.json").exists()
+    assert tuned.load("Some GPU/8", tmp_path) == (layer,)
+
+
+def test_an_unknown_device_or_shape_has_none(tmp_path):
+    assert tuned.load("Some GPU", tmp_path) == ()
+    layer = Layer(8, 256, 128, "bfloat16", (Bucket(1.0, SMALL, SMALL),))
+    assert tuned.find((), 8, 256, 128, "bfloat16") is None
+    assert tuned.find((layer,), 8, 256, 128, "float8_e4m3fn") is None
+    assert tuned.find((layer,), 8, 256, 64, "bfloat16") is None
+
+
+def test_the_nearest_slots_and_pairs_are_taken_by_ratio():
+    layers = tuple(
+        Layer(slots, 256, 128, "bfloat16", (Bucket(1, SMALL, SMALL), Bucket(100, LARGE, LARGE))) for slots in (8, 128)
+    )
+    assert tuned.find(layers, 30, 256, 128, "bfloat16") is layers[0]
+    assert tuned.find(layers, 40, 256, 128, "bfloat16") is layers[1]
+    assert layers[0].nearest(0).gate_up is SMALL
+    assert layers[0].nearest(9).gate_up is SMALL
+    assert layers[0].nearest(11).gate_up is LARGE
+    assert layers[0].nearest(1e9).gate_up is LARGE
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=[file.stem for file in SHIPPED])
+def test_every_shipped_entry_is_a_tile_that_a_kernel_can_have(file):
+    table = json.loads(file.read_text())
+    assert tuned.path(table["device"]) == file
+    layers = tuned.load(table["device"])
+    assert layers
+    for layer in layers:
+        assert [b.pairs_a_slot for b in layer.buckets] == sorted({b.pairs_a_slot for b in layer.buckets})
+        size = {"bfloat16": 2, "float8_e4m3fn": 1}[layer.dtype]
+        for bucket in layer.buckets:
+            for tile, weights in ((bucket.gate_up, 2), (bucket.down, 1)):
+                assert all(n & (n - 1) == 0 for n in (tile.BM, tile.BN, tile.BK, tile.warps))
+                assert min(tile.BM, tile.BN, tile.BK) >= 16
+                assert tile.stages >= 1
+                assert tile.stages * tile.BK * (tile.BM + weights * tile.BN) * size <= SHARED_MEMORY
+            if layer.dtype == "float8_e4m3fn":
+                assert bucket.gate_up.BN == bucket.gate_up.BK == bucket.down.BK == 128
+                assert bucket.down.BN <= 256

@@ -1,0 +1,277 @@
+"""Measures tiles of the Triton expert kernels on this GPU and writes what serving looks up: nonet/kernels/triton/tuned.
+
+For each shape and number of tokens the whole layer (grouping, products, weighted sum) is timed in a CUDA graph, with
+each candidate for the first product and then for the second. Kernels are compiled before, in many processes.
+Run: python tools/tune_experts.py [--shapes qwen3-bf16 ...] [--processes N] [--folder FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import astuple, dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nonet.kernels.fp8 import FP8
+from nonet.kernels.triton import tuned
+from nonet.kernels.triton.tiling import Tile
+from nonet.kernels.triton.tuned import Bucket, Layer
+from nonet.moe.base import group_by_slot
+from nonet.moe.experts.triton import TritonExperts, tiles
+from nonet.weights.slots import BlockScales, SlotWeights
+
+DEVICE, BLOCK, ROUTINGS, REPLAYS = "cuda", 128, 4, 11
+Pair = tuple[Tile, Tile]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Experts of one rank: the first `slots` of `experts`."""
+
+    experts: int
+    slots: int
+    hidden: int
+    width: int
+    top_k: int
+    dtype: torch.dtype
+    tokens: tuple[int, ...]
+
+    @property
+    def pairs_a_slot(self) -> dict[int, float]:
+        """By tokens, as callers count: all pairs of the rows that need any of these slots, here and elsewhere."""
+        come = 1 - (1 - self.slots / self.experts) ** self.top_k
+        return {T: T * come * self.top_k / self.slots for T in self.tokens}
+
+
+DECODE = (1, 8, 32, 64, 256, 1024, 4096, 8192)
+SHAPES = {
+    "qwen3-bf16": Shape(128, 128, 2048, 768, 8, torch.bfloat16, DECODE),
+    "qwen3-fp8": Shape(128, 128, 2048, 768, 8, FP8, DECODE),
+    "deepseek-fp8": Shape(256, 32, 7168, 2048, 8, FP8, (32, 128, 1024, 8192, 32768)),
+    "mixtral-bf16": Shape(8, 8, 4096, 14336, 2, torch.bfloat16, (1, 8, 32, 128, 512, 4096)),
+}
+
+
+def candidates(shape: Shape, tokens: int) -> tuple[list[Tile], list[Tile]]:
+    """Of gate_up and of down."""
+    gate_up, down, dtype = [], [], shape.dtype
+    pairs_a_slot = tokens * shape.top_k / shape.experts  # those that are here
+    if pairs_a_slot < 100:
+        for BM in [16] if pairs_a_slot < 6 else [16, 32] if pairs_a_slot < 24 else [32, 64]:
+            first, second = FEW_FP8 if dtype == FP8 else FEW
+            gate_up += [Tile(BM, *rest, True) for rest in first]
+            down += [Tile(BM, *rest, True) for rest in second]
+    if pairs_a_slot > 24:
+        first, second = MANY_FP8 if dtype == FP8 else MANY
+        gate_up += [Tile(*rest, False, each) for *rest, each in first]
+        down += [Tile(*rest, False, each) for *rest, each in second]
+    return gate_up, down
+
+
+# BN, BK, warps, stages
+FEW = (
+    [(64, 256, 4, 3), (64, 128, 4, 5), (32, 256, 4, 4), (128, 128, 8, 3), (128, 64, 4, 6), (64, 256, 8, 3)],
+    [(128, 64, 4, 4), (128, 128, 4, 4), (64, 128, 4, 4), (64, 256, 4, 3), (128, 64, 4, 6), (32, 256, 4, 3)],
+)
+FEW_FP8 = (
+    [(128, 128, 4, 3), (128, 128, 4, 6), (128, 128, 8, 3), (128, 128, 8, 6), (128, 256, 4, 2), (128, 256, 8, 3)],
+    [(128, 128, 4, 3), (128, 128, 4, 6), (64, 128, 4, 4), (128, 256, 4, 2), (128, 256, 4, 3), (64, 256, 4, 3)],
+)
+# BM, BN, BK, warps, stages, programs a multiprocessor
+MANY = (
+    [
+        (128, 128, 64, 8, 3, 0),
+        (128, 128, 64, 8, 4, 0),
+        (128, 128, 64, 8, 4, 1),
+        (64, 128, 64, 4, 3, 0),
+        (128, 64, 64, 8, 3, 0),
+    ],
+    [
+        (128, 256, 64, 8, 3, 0),
+        (128, 256, 64, 8, 4, 0),
+        (128, 256, 64, 8, 4, 1),
+        (128, 128, 64, 8, 3, 0),
+        (64, 128, 64, 4, 3, 0),
+    ],
+)
+MANY_FP8 = (
+    [
+        (128, 128, 128, 8, 3, 0),
+        (128, 128, 128, 8, 3, 1),
+        (128, 128, 128, 8, 4, 0),
+        (128, 128, 128, 8, 4, 1),
+        (64, 128, 128, 8, 3, 0),
+    ],
+    [
+        (128, 256, 128, 8, 3, 0),
+        (128, 256, 128, 8, 3, 1),
+        (128, 256, 128, 8, 4, 0),
+        (128, 256, 128, 8, 4, 1),
+        (64, 128, 128, 4, 3, 0),
+    ],
+)
+
+
+def weights_of(shape: Shape, filled: bool) -> SlotWeights:
+    """Random, in allocations of their own; or, where nothing is computed, one for all slots."""
+
+    def draw(*size: int) -> Tensor:
+        numbers = torch.randn(size, device=DEVICE, dtype=torch.bfloat16)
+        return (numbers * (64 if shape.dtype == FP8 else size[-1] ** -0.5)).to(shape.dtype)
+
+    own = [
+        (draw(2 * shape.width, shape.hidden), draw(shape.hidden, shape.width))
+        for _ in range(shape.slots if filled else 1)
+    ]
+    gate_up, down = zip(*own if filled else own * shape.slots, strict=True)
+    if shape.dtype != FP8:
+        return SlotWeights(gate_up, down)
+    i, d = shape.width // BLOCK, shape.hidden // BLOCK
+    scales = [torch.full(size, 1e-3, device=DEVICE) for size in ((2, i, d), (d, i))]
+    return SlotWeights(gate_up, down, scales=BlockScales((scales[0],) * shape.slots, (scales[1],) * shape.slots, BLOCK))
+
+
+def routed(shape: Shape, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(x_ND, slot_NK, weight_NK): each token's experts at random; rows with none of this rank's slots do not come."""
+    slot_TK = torch.rand((tokens, shape.experts), device=DEVICE).topk(shape.top_k, 1).indices
+    slot_TK = torch.where(slot_TK < shape.slots, slot_TK, -1)
+    slot_NK = slot_TK[(slot_TK >= 0).any(1)]
+    x_ND = torch.randn((len(slot_NK), shape.hidden), device=DEVICE, dtype=torch.bfloat16)
+    return x_ND, slot_NK, torch.rand(slot_NK.shape, device=DEVICE)
+
+
+def kernel_of(shape: Shape, pair: Pair) -> TritonExperts:
+    """With these tiles for any number of pairs."""
+    name = str(shape.dtype).removeprefix("torch.")
+    return TritonExperts((Layer(shape.slots, shape.hidden, shape.width, name, (Bucket(1.0, *pair),)),))
+
+
+def compile_pair(shape: Shape, pair: Pair) -> str | None:
+    """In a process of its own: on rows without pairs, so that nothing is computed. Why it cannot be, if it cannot."""
+    try:
+        weights = weights_of(shape, filled=False)
+        slot_NK = torch.full((1, shape.top_k), -1, device=DEVICE)
+        x_ND, weight_NK = torch.zeros((1, shape.hidden), device=DEVICE, dtype=torch.bfloat16), torch.ones_like(slot_NK)
+        kernel_of(shape, pair)(group_by_slot(x_ND, slot_NK, weight_NK.float(), shape.slots, None), weights, "rows")
+        torch.cuda.synchronize()
+    except Exception as error:  # noqa: BLE001 (a tile too large for the chip fails in many ways)
+        return str(error).splitlines()[0]
+    return None
+
+
+def microseconds(shape: Shape, weights: SlotWeights, inputs: list[tuple[Tensor, Tensor, Tensor]], pair: Pair) -> float:
+    """Of a layer in a graph over all inputs: median of replays."""
+    kernel = kernel_of(shape, pair)
+
+    def layers() -> None:
+        for given in inputs:
+            kernel(group_by_slot(*given, shape.slots, None), weights, "rows")
+
+    layers()
+    torch.cuda.synchronize()
+    graph, times = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph):
+        layers()
+    for _ in range(REPLAYS):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / len(inputs))
+    return statistics.median(times)
+
+
+def tune(name: str, shape: Shape, usable: set[tuple[str, int, Tile]]) -> Layer:
+    weights, buckets = weights_of(shape, filled=True), []
+    for tokens, pairs_a_slot in shape.pairs_a_slot.items():
+        torch.manual_seed(tokens)
+        inputs = [routed(shape, tokens) for _ in range(ROUTINGS if tokens < 4096 else 1)]
+        best = tiles(pairs_a_slot, shape.dtype)
+        rule = time = microseconds(shape, weights, inputs, best)
+        for which, options in enumerate(candidates(shape, tokens)):
+            tried = []
+            for tile in options:
+                if (name, which, tile) in usable:
+                    pair = (tile, best[1]) if which == 0 else (best[0], tile)
+                    tried.append((microseconds(shape, weights, inputs, pair), pair))
+            tried.sort(key=lambda one: one[0])
+            if tried and tried[0][0] < time:
+                time, best = tried[0]
+            print(f"  {('gate_up', 'down')[which]}", *(f"{t:,.1f} {_short(p[which])}" for t, p in tried[:5]), sep=" | ")
+        print(f"{name} {tokens} tokens, {pairs_a_slot:g} pairs a slot: {time:,.1f} us (rule {rule:,.1f})", flush=True)
+        buckets.append(Bucket(pairs_a_slot, *best))
+    dtype = str(shape.dtype).removeprefix("torch.")
+    return Layer(shape.slots, shape.hidden, shape.width, dtype, tuple(buckets))
+
+
+def _short(tile: Tile) -> str:
+    return f"{tile.BM}x{tile.BN}x{tile.BK} w{tile.warps} s{tile.stages}{f' e{tile.each}' if tile.each else ''}"
+
+
+def write(device: str, layers: Iterable[Layer], folder: Path) -> Path:
+    """These layers instead of those of the same shapes; the others stay."""
+    key = lambda own: (own.dtype, own.hidden, own.intermediate, own.slots)
+    merged = {key(own): own for own in (*tuned.load(device, folder), *layers)}
+    entries = []
+    for _, own in sorted(merged.items()):
+        rows = ",\n".join(
+            f'    {{"pairs_a_slot": {b.pairs_a_slot:g}, "gate_up": {json.dumps(astuple(b.gate_up))}, '
+            f'"down": {json.dumps(astuple(b.down))}}}'
+            for b in own.buckets
+        )
+        head = {"slots": own.slots, "hidden": own.hidden, "intermediate": own.intermediate, "dtype": own.dtype}
+        entries.append(f'  {json.dumps(head)[:-1]}, "buckets": [\n{rows}\n  ]}}')
+    tile = "[BM, BN, BK, warps, stages, swap, each]"
+    text = f'{{"device": {json.dumps(device)}, "tile": "{tile}", "layers": [\n' + ",\n".join(entries) + "\n]}\n"
+    file = tuned.path(device, folder)
+    file.write_text(text)
+    return file
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--tokens", nargs="+", type=int, help="instead of each shape's own")
+    parser.add_argument("--processes", type=int, default=16, help="that compile")
+    parser.add_argument("--folder", type=Path, default=tuned.FOLDER, help="where to write the table")
+    args = parser.parse_args()
+    shapes = {name: SHAPES[name] for name in args.shapes}
+    if args.tokens:
+        shapes = {name: replace(shape, tokens=tuple(args.tokens)) for name, shape in shapes.items()}
+    jobs: list[tuple[str, Pair]] = []
+    for name, shape in shapes.items():
+        first: dict[Tile, None] = {}
+        second: dict[Tile, None] = {}
+        for tokens in shape.tokens:
+            for both, options in zip((first, second), candidates(shape, tokens), strict=True):
+                both |= dict.fromkeys(options)
+        jobs += [(name, (a or next(iter(first)), b or next(iter(second)))) for a, b in zip_longest(first, second)]
+    usable = set()
+    with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
+        said = pool.map(compile_pair, [shapes[name] for name, _ in jobs], [pair for _, pair in jobs])
+        for (name, pair), reason in zip(jobs, said, strict=True):
+            if reason:
+                print(f"{name} cannot have {pair}: {reason}", flush=True)
+            else:
+                usable |= {(name, which, tile) for which, tile in enumerate(pair)}
+    device = torch.cuda.get_device_name()
+    layers = []
+    for name, shape in shapes.items():
+        layers.append(tune(name, shape, usable))
+        print(write(device, layers, args.folder), flush=True)
+        torch.cuda.empty_cache()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
