@@ -1,6 +1,6 @@
 """Small operations on a GPU: fused in Triton against plain PyTorch, in a graph and called one by one.
 
-    python benchmarks/gpu_small.py [--rows 1 32 256 4096]
+    python benchmarks/gpu_small.py [--rows 1 32 256 4096] [--drawn 1 32 256]
 
 Each line is an operation at a number of rows: microseconds of the plain form and of the fused one, their ratio, and the
 fused one's time over that of moving its bytes at the speed of a large copy, measured in the same run. Calls take turns
@@ -238,6 +238,7 @@ def copy_speed() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 32, 256, 4096])
+    parser.add_argument("--drawn", type=int, nargs="*", default=[1, 32, 256], help="rows that are drawn at once")
     parser.add_argument("--only", default="", help="operations whose name contains this")
     chosen = parser.parse_args()
     speed = copy_speed()
@@ -256,7 +257,7 @@ def main() -> None:
             floor = fused / (case.bytes / speed)
             eager = f"{one_by_one(case.plain):7.1f} {one_by_one(case.fused):7.1f}"
             print(f"{case.name:36} {T:5} {ratio} {floor:7.1f} | {eager}", flush=True)
-    for B in (rows for rows in chosen.rows if rows <= 256 and chosen.only in "drawing"):
+    for B in chosen.drawn:
         drawing(B, 151936)
 
 

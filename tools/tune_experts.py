@@ -72,51 +72,39 @@ def candidates(shape: Shape, tokens: int) -> tuple[list[Tile], list[Tile]]:
             down += [Tile(BM, *rest, True) for rest in second]
     if pairs_a_slot > 24:
         first, second = MANY_FP8 if dtype == FP8 else MANY
-        gate_up += [Tile(*rest, False, each) for *rest, each in first]
-        down += [Tile(*rest, False, each) for *rest, each in second]
+        gate_up += [Tile(*rest, False, each, halve) for *rest, each, halve in first]
+        down += [Tile(*rest, False, each, halve) for *rest, each, halve in second]
     return gate_up, down
 
 
 # BN, BK, warps, stages
 FEW = (
-    [(64, 256, 4, 3), (64, 128, 4, 5), (32, 256, 4, 4), (128, 128, 8, 3), (128, 64, 4, 6), (64, 256, 8, 3)],
-    [(128, 64, 4, 4), (128, 128, 4, 4), (64, 128, 4, 4), (64, 256, 4, 3), (128, 64, 4, 6), (32, 256, 4, 3)],
+    [(64, 256, 4, 3), (64, 128, 4, 5), (32, 256, 4, 4), (128, 128, 8, 3)],
+    [(128, 64, 4, 4), (128, 128, 4, 4), (64, 128, 4, 4), (32, 256, 4, 3)],
 )
 FEW_FP8 = (
-    [(128, 128, 4, 3), (128, 128, 4, 6), (128, 128, 8, 3), (128, 128, 8, 6), (128, 256, 4, 2), (128, 256, 8, 3)],
-    [(128, 128, 4, 3), (128, 128, 4, 6), (64, 128, 4, 4), (128, 256, 4, 2), (128, 256, 4, 3), (64, 256, 4, 3)],
+    [(128, 128, 4, 3), (128, 128, 4, 6), (128, 128, 8, 6), (128, 256, 8, 3)],
+    [(128, 128, 4, 3), (64, 128, 4, 4), (128, 256, 4, 3), (64, 256, 4, 3)],
 )
-# BM, BN, BK, warps, stages, programs a multiprocessor
+# BM, BN, BK, warps, stages, programs a multiprocessor, whether blocks are halved
 MANY = (
-    [
-        (128, 128, 64, 8, 3, 0),
-        (128, 128, 64, 8, 4, 0),
-        (128, 128, 64, 8, 4, 1),
-        (64, 128, 64, 4, 3, 0),
-        (128, 64, 64, 8, 3, 0),
-    ],
-    [
-        (128, 256, 64, 8, 3, 0),
-        (128, 256, 64, 8, 4, 0),
-        (128, 256, 64, 8, 4, 1),
-        (128, 128, 64, 8, 3, 0),
-        (64, 128, 64, 4, 3, 0),
-    ],
+    [(128, 128, 64, 8, 4, 0, True), (128, 128, 64, 8, 3, 0, True), (64, 128, 64, 4, 3, 0, False)],
+    [(128, 256, 64, 8, 4, 0, True), (128, 256, 64, 8, 4, 1, True), (64, 128, 64, 4, 3, 0, False)],
 )
 MANY_FP8 = (
     [
-        (128, 128, 128, 8, 3, 0),
-        (128, 128, 128, 8, 3, 1),
-        (128, 128, 128, 8, 4, 0),
-        (128, 128, 128, 8, 4, 1),
-        (64, 128, 128, 8, 3, 0),
+        (128, 128, 128, 8, 3, 1, False),
+        (128, 128, 128, 8, 3, 1, True),
+        (128, 128, 128, 8, 4, 1, False),
+        (128, 128, 128, 8, 4, 1, True),
+        (64, 128, 128, 8, 3, 1, False),
     ],
     [
-        (128, 256, 128, 8, 3, 0),
-        (128, 256, 128, 8, 3, 1),
-        (128, 256, 128, 8, 4, 0),
-        (128, 256, 128, 8, 4, 1),
-        (64, 128, 128, 4, 3, 0),
+        (128, 256, 128, 8, 3, 1, False),
+        (128, 256, 128, 8, 3, 1, True),
+        (128, 256, 128, 8, 4, 1, False),
+        (128, 256, 128, 8, 4, 1, True),
+        (64, 128, 128, 4, 3, 0, False),
     ],
 )
 
@@ -215,7 +203,7 @@ def tune(name: str, shape: Shape, usable: set[tuple[str, int, Tile]]) -> Layer:
 
 
 def _short(tile: Tile) -> str:
-    return f"{tile.BM}x{tile.BN}x{tile.BK} w{tile.warps} s{tile.stages}{f' e{tile.each}' if tile.each else ''}"
+    return f"{tile.BM}x{tile.BN}x{tile.BK} w{tile.warps} s{tile.stages}{f' e{tile.each}' if tile.each else ''}{' h' if tile.halve else ''}"
 
 
 def write(device: str, layers: Iterable[Layer], folder: Path) -> Path:
@@ -231,7 +219,7 @@ def write(device: str, layers: Iterable[Layer], folder: Path) -> Path:
         )
         head = {"slots": own.slots, "hidden": own.hidden, "intermediate": own.intermediate, "dtype": own.dtype}
         entries.append(f'  {json.dumps(head)[:-1]}, "buckets": [\n{rows}\n  ]}}')
-    tile = "[BM, BN, BK, warps, stages, swap, each]"
+    tile = "[BM, BN, BK, warps, stages, swap, each, halve]"
     text = f'{{"device": {json.dumps(device)}, "tile": "{tile}", "layers": [\n' + ",\n".join(entries) + "\n]}\n"
     file = tuned.path(device, folder)
     file.write_text(text)

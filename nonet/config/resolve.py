@@ -16,7 +16,7 @@ from pathlib import Path
 from nonet import plugins
 from nonet.config import env
 from nonet.config.assignments import check_assignments
-from nonet.config.checkpoint import DTYPE_BYTES, ModelSpec, needs_code, refuse_unsupported
+from nonet.config.checkpoint import DTYPE_BYTES, ModelSpec, fp8_block, needs_code, refuse_unsupported
 from nonet.config.roles import ROLES, SEND_FP8, play
 from nonet.config.schema import (
     CacheConfig,
@@ -31,6 +31,7 @@ from nonet.config.schema import (
 from nonet.errors import ConfigError, nearest
 
 CPU_KV_CACHE_BYTES = 1 << 30
+FP8_BLOCK = 128  # the block of FP8 weights that the kernels for GPUs are made for
 log = logging.getLogger("nonet")
 
 
@@ -71,11 +72,12 @@ def settle(config: EngineConfig, spec: ModelSpec, *, num_gpus: int) -> tuple[Eng
     resolved = config.model_copy(update={"parallel": parallel})
     notes: list[Note] = []
     _check_heads(resolved, spec)
+    model = _model(resolved, spec)
     resolved = resolved.model_copy(
         update={
-            "model": _model(resolved, spec),
+            "model": model,
             "schedule": _schedule(resolved),
-            "moe": _moe(resolved, spec, notes),
+            "moe": _moe(resolved.model_copy(update={"model": model}), spec, notes),
             "runtime": _runtime(resolved),
             "server": _server(resolved),
         }
@@ -133,6 +135,8 @@ def _attention(config: EngineConfig, spec: ModelSpec, dtype: str) -> str:
         problem = "has no chunks and no sinks, which the model needs"
     elif name == "flashinfer" and dtype == "float32":
         problem = "has no kernels for float32"
+    elif name == "flashinfer" and spec.head_dim not in (64, 128, 256):
+        problem = f"has kernels for heads of 64, 128 and 256 numbers, the model's have {spec.head_dim}"
     if problem:
         raise ConfigError("attention_backend", name, f"{problem}; use auto or reference")
     return name
@@ -158,7 +162,7 @@ def _moe(config: EngineConfig, spec: ModelSpec, notes: list[Note]) -> MoeConfig:
         remedy = f"{update['all2all_backend']} does not send FP8; use nvlink_low_latency or nvlink_high_throughput"
         raise ConfigError("fp8_dispatch", True, remedy)
     if moe.expert_backend == "auto":
-        update["expert_backend"] = "grouped"
+        update["expert_backend"] = _experts(config, spec)
     else:
         plugins.check("nonet.moe.experts", moe.expert_backend, "expert_backend")
     if moe.expert_backend in ("triton", "deepgemm", "flashinfer") and config.parallel.device != "cuda":
@@ -177,6 +181,17 @@ def _moe(config: EngineConfig, spec: ModelSpec, notes: list[Note]) -> MoeConfig:
     if moe.recorded_iterations:  # ranks may stand elsewhere
         update["expert_statistic_path"] = str(Path(moe.expert_statistic_path).expanduser().absolute())
     return moe.model_copy(update=update)
+
+
+def _experts(config: EngineConfig, spec: ModelSpec) -> str:
+    """What `auto` comes to: on GPUs Triton, for whatever kind of experts it does."""
+    if config.parallel.device != "cuda" or find_spec("triton") is None:
+        return "grouped"
+    block = fp8_block(spec.folder / "config.json", spec.raw)
+    slices = 1 if config.parallel.enable_expert_parallel else config.world_size
+    whole = spec.moe_intermediate_size % (slices * (block or 1)) == 0  # no slice begins inside a block
+    rounds = config.model.dtype == "bfloat16"  # in FP8 it rounds rows, too, which float32 would notice
+    return "triton" if block is None or (block == FP8_BLOCK and whole and rounds) else "grouped"
 
 
 def _all2all(config: EngineConfig, notes: list[Note]) -> str:

@@ -95,7 +95,8 @@ def test_attention_kernels_that_cannot_run_are_refused(refused, monkeypatch):
 
 
 @pytest.mark.parametrize(("changes", "dtype", "problem"), [
-    ({}, "float32", "has no kernels for float32"), ({}, "bfloat16", None),
+    ({}, "float32", "has no kernels for float32"), ({"head_dim": 128}, "bfloat16", None),
+    ({}, "bfloat16", "has kernels for heads of 64, 128 and 256 numbers, the model's have 8"),
     ({"kv_lora_rank": 8}, "bfloat16", "is not used for multi-head latent attention"),
     ({"attention_chunk_size": 8}, "bfloat16", "has no chunks and no sinks, which the model needs"),
 ])  # fmt: skip
@@ -243,6 +244,24 @@ def test_an_unknown_backend_is_refused_also_where_none_is_needed(refused, settin
     for name in ("triton", "deepgemm", "flashinfer"):
         wrong_place = refused(**settings, expert_backend=name, device="cpu")
         assert wrong_place == f"expert_backend = '{name}': runs on GPUs; use auto or grouped"
+
+
+@pytest.mark.parametrize(("gpus", "block", "settings", "backend"), [
+    (0, None, {}, "grouped"),
+    (0, 128, {}, "grouped"),
+    (1, None, {}, "triton"),
+    (1, None, {"dtype": "float32"}, "triton"),
+    (1, 128, {}, "triton"),
+    (1, 64, {}, "grouped"),
+    (1, 128, {"dtype": "float32"}, "grouped"),
+    (2, 128, ep(dp=2), "triton"),
+    (2, 128, {"data_parallel_size": 2}, "grouped"),  # slices of 64
+])  # fmt: skip
+def test_what_computes_experts_by_itself(resolved, gpus, block, settings, backend):
+    pytest.importorskip("triton")
+    quantized = {"quant_method": "fp8", "weight_block_size": [block, block]}
+    changes = {"moe_intermediate_size": 128} | ({"quantization_config": quantized} if block else {})
+    assert resolved(gpus, changes, **settings).moe.expert_backend == backend
 
 
 @pytest.fixture

@@ -24,14 +24,15 @@ from nonet.weights.slots import BlockScales, SlotWeights
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPE = torch.float32 if INTERPRETED else torch.bfloat16  # the interpreter rounds to bfloat16 wrongly
 FEW = Tile(16, 128, 128, 4, 3, True), Tile(16, 64, 128, 4, 3, True)
-MANY = Tile(128, 128, 128, 8, 3, False), Tile(128, 256, 128, 8, 3, False)
+MANY = Tile(128, 128, 128, 8, 3, False, 1), Tile(128, 256, 128, 8, 3, False, 1)
 RULES = {
     "few": FEW,
     "medium": (Tile(32, 128, 128, 8, 3, True), Tile(32, 256, 128, 8, 3, True)),
     "medium, rows left": (Tile(64, 128, 128, 4, 2, False), Tile(64, 128, 128, 4, 3, False)),
     "two blocks at once": (Tile(16, 128, 256, 4, 2, True), Tile(32, 128, 256, 4, 2, True)),
     "many": MANY,
-    "many in turns": (replace(MANY[0], each=1), replace(MANY[1], each=2)),
+    "many, halved": (replace(MANY[0], halve=True), replace(MANY[1], halve=True)),
+    "many, a program each": (replace(MANY[0], each=0, halve=True), replace(MANY[1], each=0)),
 }
 
 
@@ -148,7 +149,7 @@ def test_what_is_not_done_is_refused():
 
 
 @pytest.mark.skipif(INTERPRETED, reason="graphs are a GPU's")
-@pytest.mark.parametrize("rule", ["few", "many in turns"])
+@pytest.mark.parametrize("rule", ["few", "many, halved"])
 def test_all_of_it_in_a_graph_that_is_replayed(rule):
     own, given = problem(64, 4, 8, 256, 256)
     slot_NK, weight_NK = (torch.empty((64, 4), dtype=t, device=DEVICE) for t in (torch.int64, torch.float32))

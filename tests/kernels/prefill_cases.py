@@ -201,8 +201,13 @@ def test_every_rule_fits_its_shape(dtype, monkeypatch):
     monkeypatch.undo()
     for d in (16, 64, 96, 128, 192, 256):
         for group in (1, 5, 8, 64, 128):
-            for rows, boxes in ((group, False), (1 << 20, False), (group, True)):
-                tile = prefill.choose(d, min(d, 128), dtype, group, rows, boxes)
+            for rows, seen, boxes in (
+                (group, 9999, False),
+                (1 << 20, 9999, False),
+                (group, 128, True),
+                (group, 999, True),
+            ):
+                tile = prefill.choose(d, min(d, 128), dtype, group, rows, seen, boxes)
                 assert max(16, group) <= tile.BM
                 assert tile.BN >= 16
                 assert not boxes or prefill.BOX % tile.BN == 0

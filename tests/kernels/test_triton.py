@@ -40,9 +40,10 @@ def kernels():
     from nonet.kernels.triton import experts, experts_fp8, grouping
 
     x, i, f, e = "*bf16", "*i64", "*fp32", "*fp8e4nv"
-    how = {"D": 2048, "width": 768, "SLOTS": 128, "LOOP": False, "WIDE": False, "EARLY": True}
+    how = {"D": 2048, "width": 768, "SLOTS": 128, "WIDE": False, "EARLY": True}
     ids = {"start": i, "count": i, "address": i, "S": "i32"}
     for swap, BM, BN in ((True, 16, 128), (False, 128, 128)):
+        how |= {"LOOP": not swap, "HALVE": not swap}
         tile = {**how, "BM": BM, "BN": BN, "BK": 64, "SWAP": swap, "bias": None}
         yield f"gate_up-{BM}", experts._gate_up, {"x": x, "row": i, "out": x, **ids}, {**tile, "CLAMPED": False}
         yield f"down-{BM}", experts._down, {"act": x, "out": x, **ids}, tile

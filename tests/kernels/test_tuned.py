@@ -13,14 +13,18 @@ from nonet.kernels.triton.tiling import Tile  # noqa: E402
 from nonet.kernels.triton.tuned import Bucket, Layer  # noqa: E402
 
 SHIPPED = sorted(tuned.FOLDER.glob("*.json"))
-SMALL, LARGE = Tile(16, 64, 128, 4, 3, True), Tile(128, 128, 64, 8, 4, False, 1)
+SMALL, LARGE = Tile(16, 64, 128, 4, 3, True), Tile(128, 128, 64, 8, 4, False, 1, True)
 SHARED_MEMORY = 227 * 1024  # bytes a program can have, from Hopper on
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path):
     layer = Layer(8, 256, 128, "bfloat16", (Bucket(0.5, SMALL, SMALL), Bucket(64, LARGE, LARGE)))
     bucket = {"pairs_a_slot": 0.5, "gate_up": [16, 64, 128, 4, 3, True, 0], "down": [16, 64, 128, 4, 3, True]}
-    many = {"pairs_a_slot": 64, "gate_up": [128, 128, 64, 8, 4, False, 1], "down": [128, 128, 64, 8, 4, False, 1]}
+    many = {
+        "pairs_a_slot": 64,
+        "gate_up": [128, 128, 64, 8, 4, False, 1, True],
+        "down": [128, 128, 64, 8, 4, False, 1, True],
+    }
     entry = {"slots": 8, "hidden": 256, "intermediate": 128, "dtype": "bfloat16", "buckets": [bucket, many]}
     tuned.path("Some GPU/8", tmp_path).write_text(json.dumps({"layers": [entry]}))
     assert (tmp_path / "Some_GPU_8.json").exists()
@@ -61,6 +65,7 @@ def test_every_shipped_entry_is_a_tile_that_a_kernel_can_have(file):
                 assert all(n & (n - 1) == 0 for n in (tile.BM, tile.BN, tile.BK, tile.warps))
                 assert min(tile.BM, tile.BN, tile.BK) >= 16
                 assert tile.stages >= 1
+                assert not (tile.swap and tile.halve)
                 assert tile.stages * tile.BK * (tile.BM + weights * tile.BN) * size <= SHARED_MEMORY
             if layer.dtype == "float8_e4m3fn":
                 assert bucket.gate_up.BN == bucket.gate_up.BK == bucket.down.BK == 128

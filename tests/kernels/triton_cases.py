@@ -78,7 +78,7 @@ def near(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> None:
 
 TILES = [Tile(16, 16, 16, 4, 2, True), Tile(16, 32, 16, 4, 2, False), Tile(32, 16, 32, 4, 3, True)]
 LOOPS = [Tile(16, 16, 16, 4, 2, True, 1), Tile(16, 32, 32, 4, 2, False, 2)]  # programs that take several jobs
-HALVES = [Tile(128, 32, 32, 8, 2, False), Tile(128, 32, 16, 8, 2, False, 1)]  # whose last blocks may be half as large
+HALVES = [Tile(128, 32, 32, 8, 2, False, 0, True), Tile(128, 32, 16, 8, 2, False, 1, True)]
 SIZES = [(11, 2, 4, 32, 32), (9, 3, 5, 40, 24), (40, 1, 2, 48, 16)]
 RUNS = [(*size, tile) for size in SIZES for tile in TILES] + [(*SIZES[0], tile) for tile in LOOPS]
 RUNS += [(90, 2, 2, 32, 32, tile) for tile in HALVES]  # one slot has more than 64 pairs, one fewer

@@ -1,6 +1,6 @@
 """A stand-in for DeepEP on CPU ranks, over gloo: its documented interface and what its kernels promise, slowly.
 
-Written from the documentation of deep_ep.Buffer (README.md and the docstrings of deep_ep/buffer.py, version 1): which
+Written from the documentation of deep_ep.Buffer (README.md and the docstrings of deep_ep/buffer.py, version 1.2): which
 arguments are taken, what is returned, what is asserted. What is undefined there is NaN here, rows of one slot come in
 random order, and what a hook receives is not there before the hook ran.
 """

@@ -5,9 +5,6 @@ Their contract on GPUs is in test_all2all.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,19 +15,14 @@ from nonet.config.fleet import Fleet
 from nonet.errors import ConfigError
 from nonet.moe.base import All2AllSpec
 from nonet.testing.cluster import Cluster
+from tests.in_triton import compile_for, run_cases
 
 CASES = Path(__file__).parent / "nvlink_cases.py"
 NAMES = [name for name in plugins.names("nonet.moe.all2all") if name.startswith("nvlink_")]
-pytest.importorskip("triton")
 
 
 def test_in_the_interpreter():
-    quiet = ["-W", "ignore::DeprecationWarning"]  # of NumPy, by the interpreter
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *quiet, str(CASES)]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "[100%]" in done.stdout
+    run_cases(CASES, interpreted=True)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -67,23 +59,10 @@ def kernels():
 @pytest.mark.parametrize("architecture", [90, 100])
 @pytest.mark.parametrize("name", [name for name, *_ in kernels()])
 def test_compiles_for(name: str, architecture: int):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     _, kernel, types, constants = next(case for case in kernels() if case[0] == name)
-    signature = {a: "constexpr" if a in constants else types[a] for a in kernel.arg_names}
-    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs={})
-    ptx = triton_compile(source, GPUTarget("cuda", architecture, 32))
-    if name != "wait":
-        assert ("sys.release.exch" in ptx) or ("release.sys" in ptx) or ("sys.release" in ptx)
-    if not name.startswith("push"):
-        assert "sys.acquire" in ptx
-
-
-def triton_compile(source, target) -> str:
-    import triton
-
-    return triton.compile(source, target=target, options={"num_warps": 8}).asm["ptx"]
+    ptx = compile_for(architecture, kernel, types, constants, num_warps=8)
+    assert name == "wait" or "sys.release.exch" in ptx  # a flag is raised
+    assert name.startswith("push") or "sys.acquire" in ptx  # flags are awaited
 
 
 @pytest.mark.gpus(2)

@@ -32,8 +32,8 @@ def gate_up(
     out = torch.empty((M, width), dtype=x_ND.dtype, device=x_ND.device)
     _gate_up[(programs(M, S, triton.cdiv(width, tile.BN), tile, x_ND.device),)](
         x_ND, row_M, start_S, count_S, address_S, bias_S, out, S, D, width, BM=tile.BM, BN=tile.BN, BK=tile.BK,
-        SLOTS=triton.next_power_of_2(S), SWAP=tile.swap, CLAMPED=clamped, LOOP=tile.each > 0, WIDE=INTERPRETED,
-        num_warps=tile.warps, num_stages=tile.stages, **early(x_ND.device),
+        SLOTS=triton.next_power_of_2(S), SWAP=tile.swap, CLAMPED=clamped, LOOP=tile.each > 0, HALVE=tile.halve,
+        WIDE=INTERPRETED, num_warps=tile.warps, num_stages=tile.stages, **early(x_ND.device),
     )  # fmt: skip
     return out
 
@@ -47,7 +47,7 @@ def down(
     out = torch.empty((M, hidden), dtype=act_MI.dtype, device=act_MI.device)
     _down[(programs(M, S, triton.cdiv(hidden, tile.BN), tile, act_MI.device),)](
         act_MI, start_S, count_S, address_S, bias_S, out, S, hidden, width, BM=tile.BM, BN=tile.BN, BK=tile.BK,
-        SLOTS=triton.next_power_of_2(S), SWAP=tile.swap, LOOP=tile.each > 0, WIDE=INTERPRETED,
+        SLOTS=triton.next_power_of_2(S), SWAP=tile.swap, LOOP=tile.each > 0, HALVE=tile.halve, WIDE=INTERPRETED,
         num_warps=tile.warps, num_stages=tile.stages, **early(act_MI.device),
     )  # fmt: skip
     return out
@@ -85,24 +85,26 @@ def activation(gate, up, CLAMPED: tl.constexpr):
 def _gate_up(
     x, row, start, count, address, bias, out, S, D: tl.constexpr, width: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLOTS: tl.constexpr, SWAP: tl.constexpr,
-    CLAMPED: tl.constexpr, LOOP: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,
+    CLAMPED: tl.constexpr, LOOP: tl.constexpr, HALVE: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     wait_for_the_kernel_before(EARLY)
     blocks_S = count_blocks(start, count, S, BM, SLOTS)
     jobs = blocks_S[3] * ((width + BN - 1) // BN)
     if LOOP:
         for job in range(tl.program_id(0), jobs, tl.num_programs(0)):
-            _gate_up_job(job, blocks_S, x, row, address, bias, out, D, width, BM, BN, BK, SLOTS, SWAP, CLAMPED, WIDE)
+            _gate_up_job(
+                job, blocks_S, x, row, address, bias, out, D, width, BM, BN, BK, SLOTS, SWAP, HALVE, CLAMPED, WIDE
+            )
     elif tl.program_id(0) < jobs:  # by itself, since a loop around costs registers
         job = tl.program_id(0)
-        _gate_up_job(job, blocks_S, x, row, address, bias, out, D, width, BM, BN, BK, SLOTS, SWAP, CLAMPED, WIDE)
+        _gate_up_job(job, blocks_S, x, row, address, bias, out, D, width, BM, BN, BK, SLOTS, SWAP, HALVE, CLAMPED, WIDE)
 
 
 @triton.jit
 def _gate_up_job(
     job, blocks_S, x, row, address, bias, out, D: tl.constexpr, width: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLOTS: tl.constexpr, SWAP: tl.constexpr,
-    CLAMPED: tl.constexpr, WIDE: tl.constexpr,
+    HALVE: tl.constexpr, CLAMPED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     tiles: tl.constexpr = (width + BN - 1) // BN
     slot, pair, left = find(job // tiles, blocks_S, BM, SLOTS)
@@ -110,9 +112,9 @@ def _gate_up_job(
     own = None if bias is None else tl.load(bias + slot).to(tl.pointer_type(x.dtype.element_ty))
     if SWAP:
         _gate_up_swapped(first, x, row, weight, own, out, pair, left, D, width, BM, BN, BK, CLAMPED, WIDE)
-    elif BM < 128:
+    elif not HALVE:
         _gate_up_block(first, x, row, weight, own, out, pair, left, D, width, BM, BN, BK, CLAMPED, WIDE)
-    else:  # a last block that is half empty is not computed whole
+    else:
         if left <= BM // 2:
             _gate_up_block(first, x, row, weight, own, out, pair, left, D, width, BM // 2, BN, BK, CLAMPED, WIDE)
         else:
@@ -170,7 +172,7 @@ def _gate_up_block(
 def _down(
     act, start, count, address, bias, out, S, D: tl.constexpr, width: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLOTS: tl.constexpr, SWAP: tl.constexpr,
-    LOOP: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,
+    LOOP: tl.constexpr, HALVE: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     tiles: tl.constexpr = (D + BN - 1) // BN
     blocks_S = count_blocks(start, count, S, BM, SLOTS)
@@ -178,29 +180,32 @@ def _down(
     if LOOP:
         wait_for_the_kernel_before(EARLY)
         for job in range(tl.program_id(0), jobs, tl.num_programs(0)):
-            _down_job(job, blocks_S, act, address, bias, out, D, width, BM, BN, BK, SLOTS, SWAP, WIDE)
+            _down_job(job, blocks_S, act, address, bias, out, D, width, BM, BN, BK, SLOTS, SWAP, HALVE, WIDE)
     else:
         job = tl.program_id(0)
         if SWAP and EARLY:  # few rows: the weights are what takes time, and they are known already
             if job < jobs:  # noqa: SIM102 (the first is a constant)
                 slot, pair, left = find(job // tiles, blocks_S, BM, SLOTS)
                 weight = at(address, slot, act.dtype.element_ty)
-                fetch(weight, job % tiles * BN + tl.arange(0, BN), D, width, act.dtype.element_ty.primitive_bitwidth // 8)
+                fetch(
+                    weight, job % tiles * BN + tl.arange(0, BN), D, width, act.dtype.element_ty.primitive_bitwidth // 8
+                )
         wait_for_the_kernel_before(EARLY)
         if job < jobs:
-            _down_job(job, blocks_S, act, address, bias, out, D, width, BM, BN, BK, SLOTS, SWAP, WIDE)
+            _down_job(job, blocks_S, act, address, bias, out, D, width, BM, BN, BK, SLOTS, SWAP, HALVE, WIDE)
 
 
 @triton.jit
 def _down_job(
     job, blocks_S, act, address, bias, out, D: tl.constexpr, width: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLOTS: tl.constexpr, SWAP: tl.constexpr, WIDE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLOTS: tl.constexpr, SWAP: tl.constexpr,
+    HALVE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     tiles: tl.constexpr = (D + BN - 1) // BN
     slot, pair, left = find(job // tiles, blocks_S, BM, SLOTS)
     weight, first = at(address, slot, act.dtype.element_ty), job % tiles * BN
     own = None if bias is None else tl.load(bias + slot).to(tl.pointer_type(act.dtype.element_ty))
-    if SWAP or BM < 128:
+    if SWAP or not HALVE:
         _down_block(first, act, weight, own, out, pair, left, D, width, BM, BN, BK, SWAP, WIDE)
     else:
         if left <= BM // 2:

@@ -36,9 +36,7 @@ def quantize_rows(x_ND: Tensor) -> tuple[Tensor, Tensor]:
     if N:
         blocks = min(16 if N >= 64 else 1, triton.next_power_of_2(scale_Nd.shape[1]))
         grid = N, triton.cdiv(scale_Nd.shape[1], blocks)
-        _quantize_rows[grid](
-            x_ND, out, scale_Nd, D, BLOCKS=blocks, WIDE=INTERPRETED, num_warps=4, **early(x_ND.device)
-        )
+        _quantize_rows[grid](x_ND, out, scale_Nd, D, BLOCKS=blocks, WIDE=INTERPRETED, num_warps=4, **early(x_ND.device))
     return out, scale_Nd
 
 
@@ -55,7 +53,7 @@ def gate_up(
     scale_Mi = torch.empty((M, triton.cdiv(width, BLOCK)), device=x_ND.device)
     _gate_up[(programs(M, S, triton.cdiv(width, BLOCK), tile, x_ND.device),)](
         x_ND, scale_Nd, row_M, start_S, count_S, address_S, scale_address_S, out, scale_Mi, S, D, width, BM=tile.BM, BK=tile.BK,
-        SLOTS=triton.next_power_of_2(S), SWAP=tile.swap, LOOP=tile.each > 0, WIDE=INTERPRETED,
+        SLOTS=triton.next_power_of_2(S), SWAP=tile.swap, LOOP=tile.each > 0, HALVE=tile.halve, WIDE=INTERPRETED,
         num_warps=tile.warps, num_stages=tile.stages, **early(x_ND.device),
     )  # fmt: skip
     return out, scale_Mi
@@ -74,7 +72,7 @@ def down(
     _down[(programs(M, S, triton.cdiv(hidden, tile.BN), tile, act_MI.device),)](
         act_MI, scale_Mi, start_S, count_S, address_S, scale_address_S, out, S, hidden, width,
         BM=tile.BM, BN=tile.BN, BK=tile.BK, SLOTS=triton.next_power_of_2(S), SWAP=tile.swap, LOOP=tile.each > 0,
-        WIDE=INTERPRETED,
+        HALVE=tile.halve, WIDE=INTERPRETED,
         num_warps=tile.warps, num_stages=tile.stages, **early(act_MI.device),
     )  # fmt: skip
     return out
@@ -153,8 +151,8 @@ def _products(
 @triton.jit
 def _gate_up(
     x, x_scale, row, start, count, address, scale_address, out, out_scale, S, D: tl.constexpr, width: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, SLOTS: tl.constexpr, SWAP: tl.constexpr, LOOP: tl.constexpr, WIDE: tl.constexpr,
-    EARLY: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, SLOTS: tl.constexpr, SWAP: tl.constexpr, LOOP: tl.constexpr,
+    HALVE: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     i: tl.constexpr = (width + 127) // 128
     wait_for_the_kernel_before(EARLY)
@@ -163,28 +161,31 @@ def _gate_up(
     if LOOP:
         for job in range(tl.program_id(0), jobs, tl.num_programs(0)):
             _gate_up_job(
-                job, blocks_S, x, x_scale, row, address, scale_address, out, out_scale, D, width, BM, BK, SLOTS, SWAP, WIDE
-            )
+                job, blocks_S, x, x_scale, row, address, scale_address, out, out_scale, D, width,
+                BM, BK, SLOTS, SWAP, HALVE, WIDE,
+            )  # fmt: skip
     elif tl.program_id(0) < jobs:  # by itself, since a loop around costs registers
         job = tl.program_id(0)
         _gate_up_job(
-            job, blocks_S, x, x_scale, row, address, scale_address, out, out_scale, D, width, BM, BK, SLOTS, SWAP, WIDE
-        )
+            job, blocks_S, x, x_scale, row, address, scale_address, out, out_scale, D, width,
+            BM, BK, SLOTS, SWAP, HALVE, WIDE,
+        )  # fmt: skip
 
 
 @triton.jit
 def _gate_up_job(
     job, blocks_S, x, x_scale, row, address, scale_address, out, out_scale, D: tl.constexpr, width: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, SLOTS: tl.constexpr, SWAP: tl.constexpr, WIDE: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, SLOTS: tl.constexpr, SWAP: tl.constexpr, HALVE: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     tiles: tl.constexpr = (width + 127) // 128
     slot, pair, left = find(job // tiles, blocks_S, BM, SLOTS)
     weight = at(address, slot, tl.float8e4nv)
     scale = tl.load(scale_address + slot).to(tl.pointer_type(tl.float32))
     tile = job % tiles
-    if SWAP or BM < 128:
+    if SWAP or not HALVE:
         _gate_up_block(tile, x, x_scale, row, weight, scale, out, out_scale, pair, left, D, width, BM, BK, SWAP, WIDE)
-    else:  # a last block that is half empty is not computed whole
+    else:
         if left <= BM // 2:
             _gate_up_block(
                 tile, x, x_scale, row, weight, scale, out, out_scale, pair, left, D, width, BM // 2, BK, SWAP, WIDE
@@ -220,7 +221,7 @@ def _gate_up_block(
 def _down(
     act, act_scale, start, count, address, scale_address, out, S, D: tl.constexpr, width: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLOTS: tl.constexpr, SWAP: tl.constexpr, LOOP: tl.constexpr,
-    WIDE: tl.constexpr, EARLY: tl.constexpr,
+    HALVE: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     tiles: tl.constexpr = (D + BN - 1) // BN
     blocks_S = count_blocks(start, count, S, BM, SLOTS)
@@ -228,7 +229,10 @@ def _down(
     if LOOP:
         wait_for_the_kernel_before(EARLY)
         for job in range(tl.program_id(0), jobs, tl.num_programs(0)):
-            _down_job(job, blocks_S, act, act_scale, address, scale_address, out, D, width, BM, BN, BK, SLOTS, SWAP, WIDE)
+            _down_job(
+                job, blocks_S, act, act_scale, address, scale_address, out, D, width,
+                BM, BN, BK, SLOTS, SWAP, HALVE, WIDE,
+            )  # fmt: skip
     else:
         job = tl.program_id(0)
         if SWAP and EARLY:  # few rows: the weights are what takes time, and they are known already
@@ -237,19 +241,23 @@ def _down(
                 fetch(at(address, slot, tl.float8e4nv), job % tiles * BN + tl.arange(0, BN), D, width, 1)
         wait_for_the_kernel_before(EARLY)
         if job < jobs:
-            _down_job(job, blocks_S, act, act_scale, address, scale_address, out, D, width, BM, BN, BK, SLOTS, SWAP, WIDE)
+            _down_job(
+                job, blocks_S, act, act_scale, address, scale_address, out, D, width,
+                BM, BN, BK, SLOTS, SWAP, HALVE, WIDE,
+            )  # fmt: skip
 
 
 @triton.jit
 def _down_job(
     job, blocks_S, act, act_scale, address, scale_address, out, D: tl.constexpr, width: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLOTS: tl.constexpr, SWAP: tl.constexpr, WIDE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLOTS: tl.constexpr, SWAP: tl.constexpr, HALVE: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     tiles: tl.constexpr = (D + BN - 1) // BN
     slot, pair, left = find(job // tiles, blocks_S, BM, SLOTS)
     weight, first = at(address, slot, tl.float8e4nv), job % tiles * BN
     scale = tl.load(scale_address + slot).to(tl.pointer_type(tl.float32))
-    if SWAP or BM < 128:
+    if SWAP or not HALVE:
         _down_block(first, act, act_scale, weight, scale, out, pair, left, D, width, BM, BN, BK, SWAP, WIDE)
     else:
         if left <= BM // 2:

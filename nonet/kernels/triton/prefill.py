@@ -24,6 +24,8 @@ BOX = 64  # places that the copy engine must find side by side
 FEWEST = 2048  # queries a key, of all heads that share it, for which copying it first pays on an H100
 MOST_COPIED = 1 << 28  # numbers
 FEW_ROWS = 1 << 15  # below, tiles of 128 rows leave multiprocessors idle
+SMALL_WINDOW = 256
+ALL = 1 << 30  # no context is longer
 LOG2_E = 1.4426950408889634
 SMALLEST = tl.constexpr(-1e38)  # a maximum of nothing; finite, so that a difference to itself is zero
 
@@ -77,7 +79,8 @@ def prefill(
     parts = (k, more, v) if d > a else (k, k, v)
     boxes = block_size % BOX == 0 and d == a and all(_fits_boxes(part) for part in parts)
     if tile is None:
-        tile = choose(d, width, q_THd.dtype, H // h, T * H, boxes)
+        seen = min(span for span in (window, chunk, ALL) if span is not None)
+        tile = choose(d, width, q_THd.dtype, H // h, T * H, seen, boxes)
     boxes = boxes and block_size % tile.BN == 0
     queries = tile.BM // (H // h)
     if queries == 0:
@@ -102,12 +105,15 @@ def gathers(keys: Tensor, block_size: int, num_heads: int, places: int, pairs: i
     return small and num_heads // h * pairs >= FEWEST * places and 2 * places * h * d <= MOST_COPIED
 
 
-def choose(d: int, width: int, dtype: torch.dtype, group: int, rows: int, boxes: bool) -> Tile:
-    """The fastest of those tried on an H100 in bfloat16. rows: of queries, over all heads."""
+def choose(d: int, width: int, dtype: torch.dtype, group: int, rows: int, seen: int, boxes: bool) -> Tile:
+    """The fastest of those tried on an H100 in bfloat16. rows: of queries, over all heads; seen: positions that a token
+    sees at most."""
     if dtype.itemsize > 2:
         return Tile(max(32, triton.next_power_of_2(group)), 32 if max(d, width) <= 128 else 16, 4, 1)
     if max(d, width) > 128:
         return Tile(128, 64, 8, 3 if d <= 192 and width <= 128 else 2)
+    if group <= 64 and seen <= SMALL_WINDOW:
+        return Tile(64, 32, 4, 3)
     if group <= 64 and (boxes or rows < FEW_ROWS):
         return Tile(64, 64, 4, 2 if d <= 64 and boxes else 3)
     return Tile(128, 64, 8, 3) if d <= 64 or group > 64 else Tile(128, 32, 8, 3, registers=128)

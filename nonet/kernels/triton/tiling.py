@@ -20,7 +20,7 @@ from nonet.kernels.triton import INTERPRETED
 @dataclass(frozen=True, slots=True)
 class Tile:
     """How one product is cut up. `swap`: the weight on the left. `each`: programs a multiprocessor, which take jobs in
-    turns; 0: one program a job."""
+    turns; 0: one program a job. `halve`: a slot's last block that is half empty is not computed whole (not with swap)."""
 
     BM: int
     BN: int
@@ -29,6 +29,7 @@ class Tile:
     stages: int
     swap: bool
     each: int = 0
+    halve: bool = False
 
 
 def programs(M: int, S: int, tiles: int, tile: Tile, device: torch.device) -> int:

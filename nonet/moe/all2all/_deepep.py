@@ -1,6 +1,6 @@
 """What the two adapters to DeepEP share: what it asks of a model, and its buffer.
 
-Written to DeepEP's documented interface (deep_ep.Buffer, github.com/deepseek-ai/DeepEP, version 1) and tested with a
+Written to DeepEP's documented interface (deep_ep.Buffer, github.com/deepseek-ai/DeepEP, version 1.2) and tested with a
 stand-in for it: it has not been run with DeepEP itself. Legend: see moe/base.py.
 """
 

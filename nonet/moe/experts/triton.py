@@ -128,12 +128,12 @@ def tiles(pairs_a_slot: float, dtype: torch.dtype) -> tuple[Tile, Tile]:
     if dtype == FP8:
         if pairs_a_slot < 64:
             BM = 16 if pairs_a_slot < 8 else 32
-            return Tile(BM, 128, 128, 4, 3, True), Tile(BM, 128, 128, 4, 3, True)
+            return Tile(BM, 128, 128, 4, 6, True), Tile(BM, 128, 128, 4, 3, True)
         return Tile(128, 128, 128, 8, 3, False, 1), Tile(128, 256, 128, 8, 3, False, 1)
     if pairs_a_slot < 8:
         return Tile(16, 64, 256, 4, 3, True), Tile(16, 128, 64 if pairs_a_slot < 1 else 128, 4, 4, True)
     if pairs_a_slot < 40:
         return Tile(32, 128, 128, 8, 3, True), Tile(32, 64, 128, 4, 4, True)
     if pairs_a_slot < 128:
-        return Tile(128, 128, 64, 8, 4, False), Tile(64, 128, 64, 4, 3, False)
-    return Tile(128, 128, 64, 8, 4, False), Tile(128, 256, 64, 8, 4, False)
+        return Tile(128, 128, 64, 8, 4, False, halve=True), Tile(64, 128, 64, 4, 3, False)
+    return Tile(128, 128, 64, 8, 4, False, halve=True), Tile(128, 256, 64, 8, 4, False, halve=True)
