@@ -2,7 +2,7 @@
 
 Decoding: bytes of keys and values read once, by time, as a share of the bytes a copy moves (read and written) in this
 run. Prompts: operations by time. All in CUDA graphs, each call on the next of several caches, so that none lies in the
-GPU's own cache. FlashInfer takes part where it is installed. Run: python benchmarks/gpu_attention.py
+GPU's own cache. Run: python benchmarks/gpu_attention.py
 [--only decode|mla|prefill] [--json FILE]
 """
 

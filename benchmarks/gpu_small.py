@@ -257,7 +257,7 @@ def main() -> None:
             floor = fused / (case.bytes / speed)
             eager = f"{one_by_one(case.plain):7.1f} {one_by_one(case.fused):7.1f}"
             print(f"{case.name:36} {T:5} {ratio} {floor:7.1f} | {eager}", flush=True)
-    for B in chosen.drawn:
+    for B in chosen.drawn if chosen.only in "drawing" else ():
         drawing(B, 151936)
 
 

@@ -97,6 +97,7 @@ MANY_FP8 = (
         (128, 128, 128, 8, 3, 1, True),
         (128, 128, 128, 8, 4, 1, False),
         (128, 128, 128, 8, 4, 1, True),
+        (128, 128, 128, 16, 3, 1, False),
         (64, 128, 128, 8, 3, 1, False),
     ],
     [
@@ -104,6 +105,7 @@ MANY_FP8 = (
         (128, 256, 128, 8, 3, 1, True),
         (128, 256, 128, 8, 4, 1, False),
         (128, 256, 128, 8, 4, 1, True),
+        (128, 256, 128, 16, 3, 1, False),
         (64, 128, 128, 4, 3, 0, False),
     ],
 )
@@ -203,7 +205,8 @@ def tune(name: str, shape: Shape, usable: set[tuple[str, int, Tile]]) -> Layer:
 
 
 def _short(tile: Tile) -> str:
-    return f"{tile.BM}x{tile.BN}x{tile.BK} w{tile.warps} s{tile.stages}{f' e{tile.each}' if tile.each else ''}{' h' if tile.halve else ''}"
+    each, halved = f" e{tile.each}" if tile.each else "", " h" if tile.halve else ""
+    return f"{tile.BM}x{tile.BN}x{tile.BK} w{tile.warps} s{tile.stages}{each}{halved}"
 
 
 def write(device: str, layers: Iterable[Layer], folder: Path) -> Path:

@@ -117,28 +117,17 @@ def _model(config: EngineConfig, spec: ModelSpec) -> ModelConfig:
     tokenizer = model.tokenizer or str(spec.folder)
     needs_code(Path(tokenizer), model.trust_remote_code)  # what it refuses it refuses before weights are read
     update = {"dtype": dtype, "max_model_len": length, "tokenizer": tokenizer, "model": str(spec.folder)}
-    return model.model_copy(update={**update, "attention_backend": _attention(config, spec, dtype)})
+    return model.model_copy(update={**update, "attention_backend": _attention(config)})
 
 
-def _attention(config: EngineConfig, spec: ModelSpec, dtype: str) -> str:
+def _attention(config: EngineConfig) -> str:
     name, on_gpus = config.model.attention_backend, config.parallel.device == "cuda"
     if name == "auto":
         return "triton" if on_gpus and find_spec("triton") is not None else "reference"
-    problem = None
-    if name != "reference" and not on_gpus:
-        problem = "runs on GPUs"
-    elif name != "reference" and find_spec(name) is None:
-        problem = f"the package {name} is not installed"
-    elif name == "flashinfer" and spec.kv_lora_rank:
-        problem = "is not used for multi-head latent attention"
-    elif name == "flashinfer" and (spec.raw.get("attention_chunk_size") or spec.raw.get("model_type") == "gpt_oss"):
-        problem = "has no chunks and no sinks, which the model needs"
-    elif name == "flashinfer" and dtype == "float32":
-        problem = "has no kernels for float32"
-    elif name == "flashinfer" and spec.head_dim not in (64, 128, 256):
-        problem = f"has kernels for heads of 64, 128 and 256 numbers, the model's have {spec.head_dim}"
-    if problem:
-        raise ConfigError("attention_backend", name, f"{problem}; use auto or reference")
+    if name == "triton" and not on_gpus:
+        raise ConfigError("attention_backend", name, "runs on GPUs; use auto or reference")
+    if name == "triton" and find_spec("triton") is None:
+        raise ConfigError("attention_backend", name, "the package triton is not installed; use auto or reference")
     return name
 
 
@@ -165,7 +154,7 @@ def _moe(config: EngineConfig, spec: ModelSpec, notes: list[Note]) -> MoeConfig:
         update["expert_backend"] = _experts(config, spec)
     else:
         plugins.check("nonet.moe.experts", moe.expert_backend, "expert_backend")
-    if moe.expert_backend in ("triton", "deepgemm", "flashinfer") and config.parallel.device != "cuda":
+    if moe.expert_backend in ("triton", "deepgemm") and config.parallel.device != "cuda":
         raise ConfigError("expert_backend", moe.expert_backend, "runs on GPUs; use auto or grouped")
     if moe.combine == "exact":
         if moe.expert_backend not in ("auto", "reference"):

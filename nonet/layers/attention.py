@@ -10,7 +10,6 @@ N blocks of it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -48,14 +47,6 @@ class Prompts:
     pairs: int  # of a new token and what it may see at most
 
 
-class Step(Protocol):
-    """Attention of one step by a library that plans on the host, where its sequences were told to it."""
-
-    def attend(self, q_THd: Tensor, cache: KvCache, sight: Sight, out: Tensor) -> None:
-        """Into out [T, H, d]. Raises ConfigError for a sight that the library does not know."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class AttentionBatch:
     """Where a step's tokens go in the cache, and what each may see. Decoding sequences come first, a token each."""
@@ -69,7 +60,6 @@ class AttentionBatch:
     prefills: tuple[Prefill, ...]
     backend: str = "reference"  # what attends: the configuration's `attention_backend`
     prompts: Prompts | None = None  # for Triton, where there are prefills
-    step: Step | None = None  # for a library
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,9 +212,6 @@ def attend(q_THd: Tensor, cache: KvCache, batch: AttentionBatch, sight: Sight = 
     where = batch.decode_block_BN, batch.decode_length_B, batch.block_size
     if batch.backend == "triton":
         _attend_on_gpu(q_THd, cache, batch, sight, out)
-        return out
-    if batch.step is not None:
-        batch.step.attend(q_THd, cache, sight, out)
         return out
     if B and cpu.handles(q_THd):
         from nonet.kernels.cpu import attention

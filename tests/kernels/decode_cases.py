@@ -171,6 +171,16 @@ def test_latent_models(H, dtype):
         latent([2048, 1, 0, 777, 300, 4096, 64, 65], H, (512, 64), dtype, None, block_size)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="too much for the interpreter")
+def test_many_sequences():
+    """Several a program, some of them empty, most of them cut."""
+    lengths = [i * 37 % 700 for i in range(200)]
+    grouped(lengths, (32, 4, 128), 16, torch.bfloat16)
+    for H in (16, 64, 128):
+        latent(lengths, H, (512, 64), torch.bfloat16, None)
+    latent([3000, 5, 0, 9000], 128, (512, 64), torch.float16, None)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="graphs are a GPU's")
 def test_in_a_graph_that_is_replayed():
     """Nothing is read on the host: the same graph serves other lengths and other blocks."""

@@ -1,37 +1,23 @@
-"""Small operations in Triton: their cases in the interpreter and on a GPU, each in a process of its own, and compiled
-for GPUs. The interpreter is chosen by an environment variable that is read when kernels are imported.
-"""
+"""Small operations in Triton: their cases in the interpreter and on a GPU, and compiled for GPUs."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-triton = pytest.importorskip("triton")
+from tests.in_triton import compile_for, run_cases
+
 CASES = Path(__file__).parent / "small_cases.py"
 
 
-def run_cases(**env: str) -> str:
-    quiet = ["-W", "ignore::DeprecationWarning"]  # of NumPy, by the interpreter
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", *quiet, str(CASES)]
-    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def test_in_the_interpreter():
-    assert "[100%]" in run_cases(TRITON_INTERPRET="1")
+    run_cases(CASES, interpreted=True)
 
 
 @pytest.mark.gpu
 def test_on_a_gpu():
-    said = run_cases(TRITON_INTERPRET="0")
-    assert "[100%]" in said
-    assert "SKIPPED" not in said
+    run_cases(CASES, interpreted=False)
 
 
 def kernels():
@@ -70,17 +56,6 @@ def kernels():
 @pytest.mark.parametrize("architecture", [90, 100])
 @pytest.mark.parametrize("name", [name for name, *_ in kernels()])
 def test_compiles_for(name, architecture):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     _, kernel, types, constants = next(case for case in kernels() if case[0] == name)
-    if "PDL" in kernel.arg_names:
-        constants = {**constants, "PDL": True}
-    signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
-    compiled = triton.compile(
-        ASTSource(kernel, signature=signature, constexprs=constants, attrs={}),
-        target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": 4},
-    )
-    assert f".target sm_{architecture}" in compiled.asm["ptx"]
-    assert ("griddepcontrol.wait" in compiled.asm["ptx"]) == ("PDL" in kernel.arg_names)
+    ptx = compile_for(architecture, kernel, types, {"EARLY": True, **constants}, num_warps=4)
+    assert ("griddepcontrol.wait" in ptx) == ("EARLY" in kernel.arg_names)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +54,22 @@ def test_the_nearest_slots_and_pairs_are_taken_by_ratio():
     assert layers[0].nearest(1e9).gate_up is LARGE
 
 
+def test_the_tool_replaces_what_it_tuned_again_and_keeps_the_rest(tmp_path):
+    path = Path(__file__).parents[2] / "tools" / "tune_experts.py"
+    spec = importlib.util.spec_from_file_location("tune_experts", path)
+    assert spec is not None
+    tool = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = tool  # its dataclasses look themselves up
+    spec.loader.exec_module(tool)
+    kept, old, new = (
+        Layer(slots, 256, 128, "bfloat16", (Bucket(0.5, tile, LARGE), Bucket(8, LARGE, tile)))
+        for slots, tile in ((8, SMALL), (16, SMALL), (16, LARGE))
+    )
+    assert tool.write("Some GPU", [old, kept], tmp_path) == tuned.path("Some GPU", tmp_path)
+    tool.write("Some GPU", [new], tmp_path)
+    assert tuned.load("Some GPU", tmp_path) == (kept, new)
+
+
 @pytest.mark.parametrize("file", SHIPPED, ids=[file.stem for file in SHIPPED])
 def test_every_shipped_entry_is_a_tile_that_a_kernel_can_have(file):
     table = json.loads(file.read_text())
@@ -66,7 +85,8 @@ def test_every_shipped_entry_is_a_tile_that_a_kernel_can_have(file):
                 assert min(tile.BM, tile.BN, tile.BK) >= 16
                 assert tile.stages >= 1
                 assert not (tile.swap and tile.halve)
-                assert tile.stages * tile.BK * (tile.BM + weights * tile.BN) * size <= SHARED_MEMORY
+                held = (tile.stages - 1) * tile.BK * (tile.BM + weights * tile.BN) * size  # by some products one more
+                assert held <= SHARED_MEMORY
             if layer.dtype == "float8_e4m3fn":
                 assert bucket.gate_up.BN == bucket.gate_up.BK == bucket.down.BK == 128
                 assert bucket.down.BN <= 256

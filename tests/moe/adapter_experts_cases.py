@@ -1,5 +1,5 @@
-"""Adapters to expert kernels of other libraries against the reference: with the libraries on a GPU, or, in Triton's
-interpreter on CPU tensors, with stand-ins for them that compute plainly and assert what the libraries document.
+"""The adapter to DeepGEMM against the reference: with DeepGEMM on a GPU, or with a stand-in for it in Triton's
+interpreter on CPU tensors, which computes plainly and asserts what DeepGEMM documents.
 
 Run by test_adapters.py in a process of its own, since the interpreter is chosen when kernels are imported.
 """
@@ -23,7 +23,6 @@ from nonet.moe.experts import reference
 from nonet.weights.slots import BlockScales, SlotWeights
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
-LIBRARY = {"deepgemm": "deep_gemm", "flashinfer": "flashinfer"}
 S, K, D, WIDTH = 5, 3, 256, 128
 BOUND = {"bf16": 1e-2, "fp8": 2e-2}  # of the norm
 
@@ -69,43 +68,14 @@ def pretend_deep_gemm() -> ModuleType:
     return module
 
 
-def pretend_fused_moe() -> ModuleType:
-    module = ModuleType("flashinfer.fused_moe")
-
-    def cutlass_fused_moe(
-        input: Tensor, token_selected_experts: Tensor, token_final_scales: Tensor, fc1_expert_weights: Tensor,
-        fc2_expert_weights: Tensor, output_dtype: torch.dtype, quant_scales: list[Tensor], output: Tensor,
-    ) -> None:  # fmt: skip
-        assert token_selected_experts.dtype == torch.int32
-        assert token_final_scales.dtype == torch.float32
-        assert token_selected_experts.shape == token_final_scales.shape
-        assert fc1_expert_weights.is_contiguous()
-        assert output.shape == input.shape
-        assert output_dtype == input.dtype
-        assert not quant_scales
-        output.zero_()
-        for n, chosen in enumerate(token_selected_experts.tolist()):
-            for k, e in enumerate(chosen):
-                if 0 <= e < len(fc1_expert_weights):
-                    up, gate = (fc1_expert_weights[e].float() @ input[n].float()).chunk(2)
-                    y = fc2_expert_weights[e].float() @ (F.silu(gate) * up)
-                    output[n] += (token_final_scales[n, k] * y).to(output.dtype)
-
-    module.cutlass_fused_moe = cutlass_fused_moe
-    return module
-
-
 @pytest.fixture(autouse=True, scope="module")
 def _libraries():
     """On CPUs, stand-ins; on a GPU, what is installed."""
     with pytest.MonkeyPatch.context() as patch:
         if INTERPRETED:
-            for name, module in (("deep_gemm", pretend_deep_gemm()), ("flashinfer.fused_moe", pretend_fused_moe())):
-                module.__spec__ = SimpleNamespace(name=name)
-                patch.setitem(sys.modules, name, module)
-            whole = ModuleType("flashinfer")
-            whole.__spec__ = SimpleNamespace(name="flashinfer")
-            patch.setitem(sys.modules, "flashinfer", whole)
+            module = pretend_deep_gemm()
+            module.__spec__ = SimpleNamespace(name="deep_gemm")
+            patch.setitem(sys.modules, "deep_gemm", module)
         yield
 
 
@@ -158,21 +128,19 @@ def wanted(own: SlotWeights, given: Dispatched, kind: str) -> Tensor:
     return torch.cat(out)
 
 
-KERNELS = [("deepgemm", "bf16"), ("deepgemm", "fp8"), ("flashinfer", "bf16")]
+KINDS = ["bf16", "fp8"]
 ROWS = [0, 1, 9, 40] if INTERPRETED else [0, 1, 9, 40, 300]
 
 
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize(("name", "kind"), KERNELS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sent_in_fp8", [False, True])
-def test_against_the_reference(name: str, kind: str, rows: int, sent_in_fp8: bool):
-    if name == "flashinfer" and not INTERPRETED and not has_fused_moe():
-        pytest.skip("FlashInfer's fused MoE is not compiled here, which takes many minutes")
+def test_against_the_reference(kind: str, rows: int, sent_in_fp8: bool):
     own, given = problem(kind, rows)
     if sent_in_fp8:
         x_ND, scale_Nd = quantize_rows(given.x_ND)
         given = replace(given, x_ND=x_ND, scale_Nd=scale_Nd)
-    kernel = plugins.load("nonet.moe.experts", name, "expert_backend").create()
+    kernel = plugins.load("nonet.moe.experts", "deepgemm", "expert_backend").create()
     kernel.check(own)
     total, want = int(given.count_S.sum()), wanted(own, given, kind)
     y_MD, y_ND = kernel(given, own, "pairs"), kernel(given, own, "rows")
@@ -184,29 +152,20 @@ def test_against_the_reference(name: str, kind: str, rows: int, sent_in_fp8: boo
     assert not y_ND[(given.pair_NK < 0).all(dim=1)].any()
 
 
-def has_fused_moe() -> bool:
-    from flashinfer.jit.fused_moe import gen_cutlass_fused_moe_sm90_module
-
-    return gen_cutlass_fused_moe_sm90_module().is_aot
-
-
-@pytest.mark.parametrize("name", LIBRARY)
-def test_a_rank_without_slots(name: str):
+def test_a_rank_without_slots():
     x_ND, slot_NK = torch.ones((4, D), device=DEVICE), torch.full((4, 2), -1, device=DEVICE)
     given = group_by_slot_reference(x_ND, slot_NK, torch.ones((4, 2), device=DEVICE), 0, None)
-    kernel = plugins.load("nonet.moe.experts", name, "expert_backend").create()
+    kernel = plugins.load("nonet.moe.experts", "deepgemm", "expert_backend").create()
     kernel.check(SlotWeights((), ()))
     assert kernel(given, SlotWeights((), ()), "rows").tolist() == torch.zeros((4, D)).tolist()
 
 
-@pytest.mark.parametrize(("name", "kind"), KERNELS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.skipif(INTERPRETED, reason="graphs are CUDA's")
-def test_in_a_graph(name: str, kind: str):
+def test_in_a_graph(kind: str):
     """Captured with one load, replayed with another."""
-    if name == "flashinfer" and not has_fused_moe():
-        pytest.skip("FlashInfer's fused MoE is not compiled here, which takes many minutes")
     (own, given), (_, other) = problem(kind, 40), problem(kind, 40, 2)
-    kernel = plugins.load("nonet.moe.experts", name, "expert_backend").create()
+    kernel = plugins.load("nonet.moe.experts", "deepgemm", "expert_backend").create()
     other = replace(other, **{n: F.pad(getattr(other, n), (0, S - 2)) for n in ("start_S", "count_S")})
     want = kernel(other, own, "rows").clone()
     kernel(given, own, "rows")

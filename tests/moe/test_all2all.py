@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from nonet import plugins
 from nonet.comm.world import World
 from nonet.config.fleet import Fleet
+from nonet.config.roles import ROLES
 from nonet.errors import ConfigError
 from nonet.moe.all2all import shm
 from nonet.moe.base import All2AllSpec
@@ -23,7 +24,8 @@ from nonet.testing.cluster import Cluster
 from nonet.testing.contracts import Case, Report, cases, check_all2all, soak
 from nonet.testing.routing import KINDS
 
-NAMES = plugins.names("nonet.moe.all2all")
+ADAPTERS = {name for name, role in ROLES.items() if role.library}  # test_adapters has them
+NAMES = [name for name in plugins.names("nonet.moe.all2all") if name not in ADAPTERS]
 CPU_ONLY = {"shm"}
 GPU_ONLY = {name for name in NAMES if name.startswith("nvlink_")}  # on CPUs test_nvlink runs them, in the interpreter
 MOVERS = [name for name in NAMES if name not in ("local", "tensor")]  # they give the same bits with combine: exact

@@ -9,9 +9,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
 
-from nonet.kernels.triton import overlapping
+from nonet.kernels.triton.tiling import early, wait_for_the_kernel_before
 
 BLOCK, WARPS = 512, 4  # fastest on an H100
 
@@ -22,16 +21,13 @@ def silu_times(gate_up: Tensor) -> Tensor:
     out = torch.empty((T, width), dtype=gate_up.dtype, device=gate_up.device)
     if T:
         block = min(BLOCK, triton.next_power_of_2(width))
-        _silu_times[(T, triton.cdiv(width, block))](
-            gate_up, out, width, BI=block, num_warps=WARPS, **overlapping(out.device)
-        )
+        _silu_times[(T, triton.cdiv(width, block))](gate_up, out, width, BI=block, num_warps=WARPS, **early(out.device))
     return out
 
 
 @triton.jit
-def _silu_times(gate_up, out, width, BI: tl.constexpr, PDL: tl.constexpr):
-    if PDL:
-        gdc_wait()
+def _silu_times(gate_up, out, width, BI: tl.constexpr, EARLY: tl.constexpr):
+    wait_for_the_kernel_before(EARLY)
     t, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BI + tl.arange(0, BI)
     at = gate_up + 2 * t * width + i
     gate = tl.load(at, mask=i < width).to(tl.float32)

@@ -14,8 +14,16 @@ from torch import Tensor
 
 from nonet.kernels.triton import INTERPRETED
 from nonet.kernels.triton.tiling import (
-    Tile, at, count_blocks, early, fetch, find, gathered, part, programs, wait_for_the_kernel_before,
-)  # fmt: skip
+    Tile,
+    at,
+    count_blocks,
+    early,
+    find,
+    gathered,
+    part,
+    programs,
+    wait_for_the_kernel_before,
+)
 
 ALPHA, LIMIT = tl.constexpr(1.702), tl.constexpr(7.0)  # of the clamped activation, as gpt-oss has them
 
@@ -42,7 +50,10 @@ def down(
     act_MI: Tensor, start_S: Tensor, count_S: Tensor, address_S: Tensor, hidden: int, tile: Tile,
     bias_S: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """[M, D], unweighted. address_S: of weights [D, I]; bias_S: of biases [D]."""
+    """[M, D], unweighted. address_S: of weights [D, I]; bias_S: of biases [D].
+
+    Comes right after `gate_up`: it looks at the counts before that has ended.
+    """
     M, width, S = act_MI.shape[0], act_MI.shape[1], address_S.shape[0]
     out = torch.empty((M, hidden), dtype=act_MI.dtype, device=act_MI.device)
     _down[(programs(M, S, triton.cdiv(hidden, tile.BN), tile, act_MI.device),)](
@@ -72,13 +83,14 @@ def _product(w, x, total, SWAP: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def activation(gate, up, CLAMPED: tl.constexpr):
+def _activation(gate, up, CLAMPED: tl.constexpr):
     if CLAMPED:
         gate = tl.minimum(gate, LIMIT)
         up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1.0
-        return gate / (1.0 + tl.exp(-ALPHA * gate)) * up
+        act = gate / (1.0 + tl.exp(-ALPHA * gate)) * up
     else:
-        return gate / (1.0 + tl.exp(-gate)) * up
+        act = gate / (1.0 + tl.exp(-gate)) * up
+    return act
 
 
 @triton.jit
@@ -138,7 +150,7 @@ def _gate_up_swapped(
     if bias is not None:
         gate += tl.load(bias + n, mask=n < width, other=0.0).to(tl.float32)[:, None]
         up += tl.load(bias + width + n, mask=n < width, other=0.0).to(tl.float32)[:, None]
-    act = activation(gate, up, CLAMPED).T
+    act = _activation(gate, up, CLAMPED).T
     to = out + (pair + m)[:, None].to(tl.int64) * width + n[None, :]
     tl.store(to, act.to(out.dtype.element_ty), mask=(m[:, None] < left) & (n[None, :] < width))
 
@@ -163,7 +175,7 @@ def _gate_up_block(
     if bias is not None:
         both += tl.load(bias + both_n).to(tl.float32)[None, :]
     gate, up = tl.split(both.reshape(BM, BN, 2))
-    act = activation(gate, up, CLAMPED)
+    act = _activation(gate, up, CLAMPED)
     to = out + (pair + m)[:, None].to(tl.int64) * width + n[None, :]
     tl.store(to, act.to(out.dtype.element_ty), mask=(m[:, None] < left) & (n[None, :] < width))
 
@@ -177,22 +189,13 @@ def _down(
     tiles: tl.constexpr = (D + BN - 1) // BN
     blocks_S = count_blocks(start, count, S, BM, SLOTS)
     jobs = blocks_S[3] * tiles
+    wait_for_the_kernel_before(EARLY)
     if LOOP:
-        wait_for_the_kernel_before(EARLY)
         for job in range(tl.program_id(0), jobs, tl.num_programs(0)):
             _down_job(job, blocks_S, act, address, bias, out, D, width, BM, BN, BK, SLOTS, SWAP, HALVE, WIDE)
-    else:
+    elif tl.program_id(0) < jobs:
         job = tl.program_id(0)
-        if SWAP and EARLY:  # few rows: the weights are what takes time, and they are known already
-            if job < jobs:  # noqa: SIM102 (the first is a constant)
-                slot, pair, left = find(job // tiles, blocks_S, BM, SLOTS)
-                weight = at(address, slot, act.dtype.element_ty)
-                fetch(
-                    weight, job % tiles * BN + tl.arange(0, BN), D, width, act.dtype.element_ty.primitive_bitwidth // 8
-                )
-        wait_for_the_kernel_before(EARLY)
-        if job < jobs:
-            _down_job(job, blocks_S, act, address, bias, out, D, width, BM, BN, BK, SLOTS, SWAP, HALVE, WIDE)
+        _down_job(job, blocks_S, act, address, bias, out, D, width, BM, BN, BK, SLOTS, SWAP, HALVE, WIDE)
 
 
 @triton.jit

@@ -17,8 +17,16 @@ from torch import Tensor
 from nonet.kernels.fp8 import FP8, LARGEST, ROW_BLOCK
 from nonet.kernels.triton import INTERPRETED
 from nonet.kernels.triton.tiling import (
-    Tile, at, count_blocks, early, fetch, find, gathered, part, programs, wait_for_the_kernel_before,
-)  # fmt: skip
+    Tile,
+    at,
+    count_blocks,
+    early,
+    find,
+    gathered,
+    part,
+    programs,
+    wait_for_the_kernel_before,
+)
 
 BLOCK = ROW_BLOCK  # of weights too
 _BLOCK, _LARGEST = tl.constexpr(BLOCK), tl.constexpr(LARGEST)
@@ -52,9 +60,9 @@ def gate_up(
     out = torch.empty((M, width), dtype=FP8, device=x_ND.device)
     scale_Mi = torch.empty((M, triton.cdiv(width, BLOCK)), device=x_ND.device)
     _gate_up[(programs(M, S, triton.cdiv(width, BLOCK), tile, x_ND.device),)](
-        x_ND, scale_Nd, row_M, start_S, count_S, address_S, scale_address_S, out, scale_Mi, S, D, width, BM=tile.BM, BK=tile.BK,
-        SLOTS=triton.next_power_of_2(S), SWAP=tile.swap, LOOP=tile.each > 0, HALVE=tile.halve, WIDE=INTERPRETED,
-        num_warps=tile.warps, num_stages=tile.stages, **early(x_ND.device),
+        x_ND, scale_Nd, row_M, start_S, count_S, address_S, scale_address_S, out, scale_Mi, S, D, width,
+        BM=tile.BM, BK=tile.BK, SLOTS=triton.next_power_of_2(S), SWAP=tile.swap, LOOP=tile.each > 0,
+        HALVE=tile.halve, WIDE=INTERPRETED, num_warps=tile.warps, num_stages=tile.stages, **early(x_ND.device),
     )  # fmt: skip
     return out, scale_Mi
 
@@ -226,25 +234,19 @@ def _down(
     tiles: tl.constexpr = (D + BN - 1) // BN
     blocks_S = count_blocks(start, count, S, BM, SLOTS)
     jobs = blocks_S[3] * tiles
+    wait_for_the_kernel_before(EARLY)
     if LOOP:
-        wait_for_the_kernel_before(EARLY)
         for job in range(tl.program_id(0), jobs, tl.num_programs(0)):
             _down_job(
                 job, blocks_S, act, act_scale, address, scale_address, out, D, width,
                 BM, BN, BK, SLOTS, SWAP, HALVE, WIDE,
             )  # fmt: skip
-    else:
+    elif tl.program_id(0) < jobs:
         job = tl.program_id(0)
-        if SWAP and EARLY:  # few rows: the weights are what takes time, and they are known already
-            if job < jobs:  # noqa: SIM102 (the first is a constant)
-                slot, pair, left = find(job // tiles, blocks_S, BM, SLOTS)
-                fetch(at(address, slot, tl.float8e4nv), job % tiles * BN + tl.arange(0, BN), D, width, 1)
-        wait_for_the_kernel_before(EARLY)
-        if job < jobs:
-            _down_job(
-                job, blocks_S, act, act_scale, address, scale_address, out, D, width,
-                BM, BN, BK, SLOTS, SWAP, HALVE, WIDE,
-            )  # fmt: skip
+        _down_job(
+            job, blocks_S, act, act_scale, address, scale_address, out, D, width,
+            BM, BN, BK, SLOTS, SWAP, HALVE, WIDE,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -60,9 +60,9 @@ def _hopper(
     (B, H, W), c = q_BHW.shape, out_BHc.shape[2]
     if not B:
         return
-    packs = -(-H // kernel.HEADS)
+    packs = -(-H // kernel.H.value)
     programs = max(1, cores(q_BHW.device) // packs)
-    left = scratch(programs, packs * kernel.HEADS, c, q_BHW.device)
+    left = scratch(programs, packs * kernel.H.value, c, q_BHW.device)
     kernel.spans[(programs * packs,)](
         q_BHW, cache_row, block_BN, length_B, out_BHc, *left, B, block_BN.stride(0), *q_BHW.stride()[:2],
         *out_BHc.stride()[:2], scale * LOG2_E.value, programs, G=H, DIM=c, REST=W - c, SIZE=block_size, SLOTS=slots(B),

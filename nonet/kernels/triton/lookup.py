@@ -11,9 +11,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
 
-from nonet.kernels.triton import overlapping
+from nonet.kernels.triton.tiling import early, wait_for_the_kernel_before
 
 # A program places so many pairs, FEW or MANY. It compares them with all before, PART at a time; where there are more
 # pairs than LIMIT, parts before its own are counted first, and their counts added, ROWS at a time. Fastest on an H100.
@@ -25,7 +24,7 @@ def look_up(expert_TK: Tensor, slot_EC: Tensor, count_E: Tensor, first: int) -> 
     """Global slots, int64 [T, K]: the replicas of an expert in turn, beginning with number `first`. All are int64."""
     P, (E, C) = expert_TK.numel(), slot_EC.shape
     expert_TK, slot_EC = expert_TK.contiguous(), slot_EC.contiguous()
-    slot, counts, how = torch.empty_like(expert_TK), None, overlapping(expert_TK.device)
+    slot, counts, how = torch.empty_like(expert_TK), None, early(expert_TK.device)
     if P > LIMIT and C > 1:
         counts = torch.empty((triton.cdiv(P, PART), E), dtype=torch.int32, device=slot.device)
         bins = triton.next_power_of_2(E)
@@ -43,17 +42,16 @@ def count(index: Tensor, into: Tensor) -> None:
     """Add to `into` (int64) how often each of its places stands in `index` (int64); what is negative is nowhere."""
     P, E = index.numel(), into.shape[0]
     if P:
-        how = dict(CHUNK=COUNTED, BINS=triton.next_power_of_2(E), num_warps=4, **overlapping(into.device))
+        how = dict(CHUNK=COUNTED, BINS=triton.next_power_of_2(E), num_warps=4, **early(into.device))
         _count[(triton.cdiv(P, COUNTED),)](index.contiguous(), into, P, E, ADDS=True, **how)
 
 
 @triton.jit(do_not_specialize=["P"])
 def _look_up(
     expert, slots, replicas, counts, out, P, E, C, first,
-    OWN: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, TURNS: tl.constexpr, PDL: tl.constexpr,
+    OWN: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, TURNS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        gdc_wait()
+    wait_for_the_kernel_before(EARLY)
     begin = tl.program_id(0) * OWN
     p = begin + tl.arange(0, OWN)
     own = tl.load(expert + p, mask=p < P, other=0).to(tl.int32)
@@ -76,10 +74,9 @@ def _look_up(
 
 
 @triton.jit(do_not_specialize=["P"])
-def _count(index, into, P, E, CHUNK: tl.constexpr, BINS: tl.constexpr, ADDS: tl.constexpr, PDL: tl.constexpr):
+def _count(index, into, P, E, CHUNK: tl.constexpr, BINS: tl.constexpr, ADDS: tl.constexpr, EARLY: tl.constexpr):
     """Counts of a chunk: added to `into`, or laid down in its row of it."""
-    if PDL:
-        gdc_wait()
+    wait_for_the_kernel_before(EARLY)
     p, e = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK), tl.arange(0, BINS)
     own = tl.load(index + p, mask=p < P, other=-1).to(tl.int32)
     number = tl.histogram(own, BINS, mask=own >= 0)

@@ -10,9 +10,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
 
-from nonet.kernels.triton import overlapping
+from nonet.kernels.triton.tiling import early, wait_for_the_kernel_before
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -36,9 +35,7 @@ def _launch(x: Tensor, y: Tensor | None, weight: Tensor, total: Tensor | None, o
     N, D = x.shape
     if N:
         block = triton.next_power_of_2(D)
-        _norm[(N,)](
-            x, y, weight, total, out, x.stride(0), D, eps, BD=block, num_warps=warps(block), **overlapping(x.device)
-        )
+        _norm[(N,)](x, y, weight, total, out, x.stride(0), D, eps, BD=block, num_warps=warps(block), **early(x.device))
 
 
 def warps(block: int) -> int:
@@ -47,10 +44,9 @@ def warps(block: int) -> int:
 
 
 @triton.jit
-def _norm(x, y, weight, total, out, stride, D, eps, BD: tl.constexpr, PDL: tl.constexpr):
+def _norm(x, y, weight, total, out, stride, D, eps, BD: tl.constexpr, EARLY: tl.constexpr):
     n, d = tl.program_id(0).to(tl.int64), tl.arange(0, BD)
-    if PDL:
-        gdc_wait()
+    wait_for_the_kernel_before(EARLY)
     row = tl.load(x + n * stride + d, mask=d < D, other=0.0).to(tl.float32)
     if y is not None:
         row += tl.load(y + n * D + d, mask=d < D, other=0.0).to(tl.float32)

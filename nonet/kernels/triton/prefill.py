@@ -115,7 +115,7 @@ def choose(d: int, width: int, dtype: torch.dtype, group: int, rows: int, seen: 
     if group <= 64 and seen <= SMALL_WINDOW:
         return Tile(64, 32, 4, 3)
     if group <= 64 and (boxes or rows < FEW_ROWS):
-        return Tile(64, 64, 4, 2 if d <= 64 and boxes else 3)
+        return Tile(64, 64, 4, 3)
     return Tile(128, 64, 8, 3) if d <= 64 or group > 64 else Tile(128, 32, 8, 3, registers=128)
 
 

@@ -12,9 +12,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
 
-from nonet.kernels.triton import overlapping
+from nonet.kernels.triton.tiling import early, wait_for_the_kernel_before
 
 HEADS, TURNED, WARPS = 8, 32, 4  # of a program: heads, heads where a part is turned; fastest on an H100
 
@@ -39,7 +38,7 @@ def place_qkv(
         _place_qkv[(T, triton.cdiv(heads, HEADS))](
             qkv.contiguous(), weight, cos, sin, place_T, q, *cache, *(part.stride(0) for part in cache), eps,
             num_heads, h, d, BH=HEADS, BF=triton.next_power_of_2(max(1, d // 2)), num_warps=WARPS,
-            **overlapping(q.device),
+            **early(q.device),
         )  # fmt: skip
     return q
 
@@ -65,17 +64,16 @@ def place_latent(
         _place_latent[(T, triton.cdiv(H, TURNED) + 1)](
             q_THx, row_TW, weight, cos, sin, place_T, cache_row, *q_THx.stride()[:2], row_TW.stride(0),
             cache_row.stride(0), eps, H, x - r, W - r, r, BH=TURNED, BC=triton.next_power_of_2(W - r),
-            BF=triton.next_power_of_2(max(1, r // 2)), num_warps=WARPS, **overlapping(q_THx.device),
+            BF=triton.next_power_of_2(max(1, r // 2)), num_warps=WARPS, **early(q_THx.device),
         )  # fmt: skip
 
 
 @triton.jit
 def _place_qkv(
     qkv, weight, cos, sin, place, q, k_cache, v_cache, k_stride, v_stride, eps, H, h, d,
-    BH: tl.constexpr, BF: tl.constexpr, PDL: tl.constexpr,
+    BH: tl.constexpr, BF: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        gdc_wait()
+    wait_for_the_kernel_before(EARLY)
     t = tl.program_id(0).to(tl.int64)
     head, f = tl.program_id(1) * BH + tl.arange(0, BH), tl.arange(0, BF)
     half = d // 2
@@ -119,10 +117,9 @@ def _halves(at, half, mask):
 @triton.jit
 def _place_latent(
     q, row, weight, cos, sin, place, cache, q_stride, q_head, row_stride, cache_stride, eps, H, nope, c, r,
-    BH: tl.constexpr, BC: tl.constexpr, BF: tl.constexpr, PDL: tl.constexpr,
+    BH: tl.constexpr, BC: tl.constexpr, BF: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        gdc_wait()
+    wait_for_the_kernel_before(EARLY)
     t, f = tl.program_id(0).to(tl.int64), tl.arange(0, BF)
     half = r // 2
     left_cos, right_cos = _halves(cos + t * r + f, half, f < half)

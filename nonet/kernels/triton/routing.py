@@ -10,9 +10,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
 
-from nonet.kernels.triton import overlapping
+from nonet.kernels.triton.tiling import early, wait_for_the_kernel_before
 
 WARPS = 1  # of a row: sums over one warp need no shared memory
 
@@ -37,7 +36,7 @@ def topk(
         _topk[(T,)](
             logits_TE.contiguous(), bias_E, expert, weight, E, float(scale), K=top_k, G=count, e=E // count, KEPT=kept,
             BEST=best, SIGMOID=sigmoid, RENORMALISE=renormalise, num_warps=WARPS, **_powers(E, count, top_k),
-            **overlapping(expert.device),
+            **early(expert.device),
         )  # fmt: skip
     return expert, weight
 
@@ -54,10 +53,9 @@ def _powers(E: int, count: int, top_k: int) -> dict[str, int]:
 def _topk(
     logits, bias, expert, weight, E, scale, K: tl.constexpr, G: tl.constexpr, e: tl.constexpr, KEPT: tl.constexpr,
     BEST: tl.constexpr, SIGMOID: tl.constexpr, RENORMALISE: tl.constexpr,
-    GROUPS: tl.constexpr, EACH: tl.constexpr, TOP: tl.constexpr, PDL: tl.constexpr,
+    GROUPS: tl.constexpr, EACH: tl.constexpr, TOP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        gdc_wait()
+    wait_for_the_kernel_before(EARLY)
     row = logits + tl.program_id(0).to(tl.int64) * E
     slot = tl.arange(0, GROUPS * EACH)  # a place in its group, so that groups of any size are rows of a matrix
     own = slot // EACH * e + slot % EACH

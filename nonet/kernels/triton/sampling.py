@@ -12,10 +12,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
 
-from nonet.kernels.triton import overlapping
 from nonet.kernels.triton.routing import order
+from nonet.kernels.triton.tiling import early, wait_for_the_kernel_before
 
 PROGRAMS, BLOCK, WARPS = 528, 2048, 8  # so many programs at least, each with blocks of so many logits at a time
 DRAWN = 8192, 32  # logits at a time, and warps, of a program that draws
@@ -31,7 +30,7 @@ def argmax(logits_BV: Tensor) -> Tensor:
     best = torch.empty((B, parts), dtype=torch.int64, device=logits_BV.device)
     out = torch.empty(B, dtype=torch.int64, device=logits_BV.device)
     if B:
-        how = overlapping(out.device)
+        how = early(out.device)
         _best[(B, parts)](logits_BV, best, V, each, BV=BLOCK, num_warps=WARPS, **how)
         _first[(B,)](best, out, parts, PARTS=triton.next_power_of_2(blocks), num_warps=1, **how)
     return out
@@ -50,9 +49,8 @@ def draw(logits_BV: Tensor, row_N: Tensor, setting_4N: Tensor, noise_NV: Tensor)
 
 
 @triton.jit(do_not_specialize=["each"])
-def _best(logits, out, V, each, BV: tl.constexpr, PDL: tl.constexpr):
-    if PDL:
-        gdc_wait()
+def _best(logits, out, V, each, BV: tl.constexpr, EARLY: tl.constexpr):
+    wait_for_the_kernel_before(EARLY)
     b, part, i = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BV)
     most, where = tl.full([BV], -(2**31), tl.int32), tl.zeros([BV], tl.int32)
     for block in range(part * each, (part + 1) * each):
@@ -66,9 +64,8 @@ def _best(logits, out, V, each, BV: tl.constexpr, PDL: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["parts"])
-def _first(best, out, parts, PARTS: tl.constexpr, PDL: tl.constexpr):
-    if PDL:
-        gdc_wait()
+def _first(best, out, parts, PARTS: tl.constexpr, EARLY: tl.constexpr):
+    wait_for_the_kernel_before(EARLY)
     b, i = tl.program_id(0).to(tl.int64), tl.arange(0, PARTS)
     key = tl.max(tl.load(best + b * parts + i, mask=i < parts, other=-(2**63)), axis=0)
     tl.store(out + b, 0x7FFFFFFF - (key & 0xFFFFFFFF))

@@ -20,7 +20,7 @@ from nonet.kernels.triton import INTERPRETED
 @dataclass(frozen=True, slots=True)
 class Tile:
     """How one product is cut up. `swap`: the weight on the left. `each`: programs a multiprocessor, which take jobs in
-    turns; 0: one program a job. `halve`: a slot's last block that is half empty is not computed whole (not with swap)."""
+    turns; 0: one program a job. `halve`, not with swap: a last block that is half empty is not computed whole."""
 
     BM: int
     BN: int
@@ -98,15 +98,3 @@ def gathered(x, rows, columns, here, width: tl.constexpr, WHOLE: tl.constexpr):
     """A tile of gathered rows, zeros where there is none."""
     mask = here[:, None] if WHOLE else here[:, None] & (columns[None, :] < width)
     return tl.load(x + rows[:, None].to(tl.int64) * width + columns[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def fetch(pointer, rows, height: tl.constexpr, width: tl.constexpr, SIZE: tl.constexpr):
-    """Ask for the beginnings of rows of a weight [height, width] of SIZE bytes a number, so that they are near later."""
-    line = tl.arange(0, 4) * 128
-    begin = pointer.to(tl.int64)
-    to = begin + rows[:, None].to(tl.int64) * width * SIZE + line[None, :]
-    to = tl.where((rows[:, None] < height) & (line[None, :] < width * SIZE), to, begin)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [to], dtype=tl.int32, is_pure=False, pack=1
-    )

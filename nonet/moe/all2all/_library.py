@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from nonet.errors import ConfigError
-from nonet.kernels import triton as gpu
-from nonet.kernels.fp8 import ROW_BLOCK, quantize_rows
+from nonet.kernels.fp8 import ROW_BLOCK
 from nonet.moe.base import All2AllSpec
 
 
@@ -41,25 +40,16 @@ def row_bytes(spec: All2AllSpec) -> int:
     return D + 4 * (D // ROW_BLOCK) if spec.fp8 else D * spec.dtype.itemsize
 
 
-def in_fp8(x_TD: Tensor) -> tuple[Tensor, Tensor]:
-    """`kernels.fp8.quantize_rows`, on GPUs in one pass."""
-    if gpu.handles(x_TD):
-        from nonet.kernels.triton import experts_fp8
-
-        return experts_fp8.quantize_rows(x_TD)
-    return quantize_rows(x_TD)
-
-
 class EvenIds:
     """Slots as ids of a library that gives each rank `most` experts."""
 
-    def __init__(self, spec: All2AllSpec, absent: int, dtype: torch.dtype = torch.int64) -> None:
+    def __init__(self, spec: All2AllSpec, absent: int) -> None:
         """`absent` is the id that a slot -1 gets."""
         by_rank = spec.fleet.slots_by_rank
         self.most = max(by_rank)
         ids = [rank * self.most + place for rank, slots in enumerate(by_rank) for place in range(slots)]
-        self._id_G1 = torch.tensor([*ids, absent], dtype=dtype, device=spec.group.device)  # -1 finds the last
+        self._id_G1 = torch.tensor([*ids, absent], device=spec.group.device)  # -1 finds the last
 
     def __call__(self, slot_TK: Tensor) -> Tensor:
-        """In slot_TK's shape."""
+        """int64, in slot_TK's shape."""
         return self._id_G1[slot_TK]

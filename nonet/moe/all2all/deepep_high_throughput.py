@@ -14,8 +14,9 @@ from torch import Tensor
 
 from nonet.comm.group import Pending
 from nonet.errors import ConfigError
+from nonet.kernels.fp8 import quantize_rows
 from nonet.moe.all2all import _deepep
-from nonet.moe.all2all._library import EvenIds, in_fp8
+from nonet.moe.all2all._library import EvenIds
 from nonet.moe.base import All2All, All2AllSpec, Dispatched, Takes, gather_counts, group_by_slot
 
 NAME = "deepep_high_throughput"
@@ -59,7 +60,7 @@ class HighThroughput:
             id_TK, self.spec.group.size * self._ids.most
         )
         received, here_NK, weight_NK, _, handle, _ = self._buffer.dispatch(
-            in_fp8(x) if self.spec.fp8 else x,
+            quantize_rows(x) if self.spec.fp8 else x,
             num_tokens_per_rank=by_rank,
             num_tokens_per_rdma_rank=by_host,
             is_token_in_rank=is_in_rank,

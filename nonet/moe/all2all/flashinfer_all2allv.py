@@ -17,8 +17,8 @@ from torch import Tensor
 
 from nonet.comm.group import Group, Pending
 from nonet.errors import ConfigError
-from nonet.kernels.fp8 import FP8
-from nonet.moe.all2all._library import EvenIds, check_fp8, in_fp8, missing, needs_cuda, row_bytes
+from nonet.kernels.fp8 import FP8, quantize_rows
+from nonet.moe.all2all._library import EvenIds, check_fp8, missing, needs_cuda, row_bytes
 from nonet.moe.all2all._rows import spread_pairs, sum_spread
 from nonet.moe.base import All2All, All2AllSpec, Dispatched, Takes, gather_counts, group_by_slot
 
@@ -62,7 +62,7 @@ class FlashInfer:
         self.captures = not spec.exact
         self._top_k = next(k for k in TOP_K if k >= K)
         at_home = group.rank * max(spec.fleet.slots_by_rank)  # where a token of slots -1 stays
-        self._ids = EvenIds(spec, absent=at_home, dtype=torch.int32)
+        self._ids = EvenIds(spec, absent=at_home)
         most_rows, back = _rounded(spec.max_rows), width * (K if spec.exact else 1)
         sent = row_bytes(spec) + 8 * K  # a slot and a weight each
         size = comm.moe_a2a_get_workspace_size_per_rank(R, most_rows, sent, back)
@@ -82,21 +82,21 @@ class FlashInfer:
 
     def dispatch(self, x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor, rows: Sequence[int]) -> Pending[Dispatched]:
         group, B, ids = self.spec.group, _rounded(max(rows)), self._ids
-        id_TK = ids(slot_TK)
+        id_TK = ids(slot_TK).int()
         if self._top_k > id_TK.shape[1]:  # a target that is named again gets nothing more
             id_TK = torch.cat([id_TK, id_TK[:, :1].expand(-1, self._top_k - id_TK.shape[1])], dim=1)
-        x_TD, *scale = in_fp8(x_TD) if self.spec.fp8 else (x_TD,)
+        x_TD, *scale = quantize_rows(x_TD) if self.spec.fp8 else (x_TD,)
         payload = [x_TD.contiguous().view(torch.uint8) if scale else x_TD.contiguous(), *scale]
         payload += [slot_TK.int(), weight_TK.contiguous()]
         received, _ = self._comm.moe_a2a_dispatch(
             id_TK, payload, *self._place, B, group.rank, group.size, self._top_k, group.size * ids.most
         )
         self._comm.moe_a2a_sanitize_expert_ids(received[-2], *self._place, group.rank, -1)  # in rows that nobody sent
-        ticket = _Ticket(B, weight_TK.masked_fill(slot_TK < 0, 0) if self.spec.exact else weight_TK)
+        ticket = _Ticket(B, weight_TK.masked_fill(slot_TK < 0, 0))
 
         def finish() -> Dispatched:
             x_ND, *scale_Nd, slot_NK, weight_NK = (part.flatten(0, 1) for part in received)
-            here_NK = slot_NK - self.spec.first_slot
+            here_NK = slot_NK.long() - self.spec.first_slot
             sent = group_by_slot(x_ND, here_NK, weight_NK, self.spec.num_slots, ticket)
             return replace(sent, x_ND=x_ND.view(FP8), scale_Nd=scale_Nd[0]) if scale_Nd else sent
 
