@@ -24,7 +24,7 @@ from nonet.testing.cluster import Cluster
 RANKS, HIDDEN, TOP_K, SLOTS = 4, 512, 4, 32
 ROWS = (8, 128, 1024)  # a peer
 REQUIRED = 2.0
-BACKENDS = sorted(plugins.names("nonet.moe.all2all"), key=lambda name: (name != "shm", name))  # "local" moves nothing
+BACKENDS = ("shm", "all2allv", "allgather_reducescatter", "naive", "tensor", "local")  # "local" moves nothing
 
 
 def measure(world: World, rows: int, rounds: int, passes: int) -> dict[str, list[float]]:

@@ -100,7 +100,9 @@ class Worker:
         self.num_blocks = self._count_blocks()
         self.cache = self._allocate_cache()
         block_size = config.cache.block_size
-        self.builder = BatchBuilder(block_size, self.num_blocks * block_size, tp, world.device)
+        self.builder = BatchBuilder(
+            block_size, self.num_blocks * block_size, tp, world.device, config.model.attention_backend
+        )
         self.steps = 0
 
     def _count_blocks(self) -> int:

@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-triton = pytest.importorskip("triton")
+from tests.in_triton import compile_for, run_cases
+
 CASES = Path(__file__).parent / "aligned_cases.py"
 
 
-def run_cases(**env: str) -> str:
-    quiet = ["-W", "ignore::DeprecationWarning"]  # of NumPy, by the interpreter
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", *quiet, str(CASES)]
-    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def test_in_the_interpreter():
-    assert "[100%]" in run_cases(TRITON_INTERPRET="1")
+    run_cases(CASES, interpreted=True)
 
 
 @pytest.mark.gpu
 def test_on_a_gpu():
-    said = run_cases(TRITON_INTERPRET="0")
-    assert "[100%]" in said
-    assert "SKIPPED" not in said
+    run_cases(CASES, interpreted=False)
 
 
 def kernels():
@@ -53,14 +41,6 @@ def kernels():
 @pytest.mark.parametrize("architecture", [90, 100])
 @pytest.mark.parametrize("name", [name for name, *_ in kernels()])
 def test_compiles_for(name, architecture):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     _, kernel, types, constants = next(case for case in kernels() if case[0] == name)
-    signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
-    compiled = triton.compile(
-        ASTSource(kernel, signature=signature, constexprs=constants, attrs={}),
-        target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": 4},
-    )
-    assert ("e4m3x2" in compiled.asm["ptx"]) == name.endswith("to_fp8")  # the numbers are made by the GPU's conversion
+    ptx = compile_for(architecture, kernel, types, constants, num_warps=4)
+    assert ("e4m3x2" in ptx) == name.endswith("to_fp8")  # the numbers are made by the GPU's conversion

@@ -88,5 +88,6 @@ def test_every_shipped_entry_is_a_tile_that_a_kernel_can_have(file):
                 held = (tile.stages - 1) * tile.BK * (tile.BM + weights * tile.BN) * size  # by some products one more
                 assert held <= SHARED_MEMORY
             if layer.dtype == "float8_e4m3fn":
-                assert bucket.gate_up.BN == bucket.gate_up.BK == bucket.down.BK == 128
+                assert bucket.gate_up.BN == 128
                 assert bucket.down.BN <= 256
+                assert bucket.gate_up.BK % 128 == bucket.down.BK % 128 == 0

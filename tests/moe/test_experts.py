@@ -11,7 +11,7 @@ from nonet import plugins
 from nonet.moe.base import Dispatched, group_by_slot, sum_pairs
 from nonet.weights.slots import SlotWeights
 
-ADAPTERS = {"deepgemm", "flashinfer"}  # test_adapters has them
+ADAPTERS = {"deepgemm"}  # test_adapters has them
 NAMES = [name for name in plugins.names("nonet.moe.experts") if name not in ADAPTERS]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 GPU_ONLY = {"triton"}  # on CPUs its kernels are tested in Triton's interpreter: tests/kernels/test_triton.py

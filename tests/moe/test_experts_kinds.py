@@ -19,7 +19,7 @@ from nonet.kernels.fp8 import quantize
 from nonet.moe.base import Dispatched, Experts, group_by_slot
 from nonet.weights.slots import BlockScales, SlotWeights
 
-ADAPTERS = {"deepgemm", "flashinfer"}  # test_adapters has them
+ADAPTERS = {"deepgemm"}  # test_adapters has them
 NAMES = [name for name in plugins.names("nonet.moe.experts") if name not in ADAPTERS]
 EACH = [(name, "cpu") for name in NAMES] + [pytest.param(name, "cuda", marks=pytest.mark.gpu) for name in NAMES]
 S, D, WIDTH, BLOCK = 3, 22, 19, 16  # no width is a multiple of the block
