@@ -23,6 +23,7 @@ from torch import Tensor
 from nonet.config.fleet import Fleet
 from nonet.engine import sampler
 from nonet.eplb.placement import Placement
+from nonet.kernels.cpu.noise import exponential
 from nonet.kernels.triton import activation, lookup, norm, rope, routing, sampling
 from nonet.layers.attention import place_qkv
 from nonet.layers.mlp import silu_times_reference
@@ -171,9 +172,7 @@ def drawing(B: int, V: int) -> None:
     """Prints milliseconds of sampling, by each row alone and all at once, and what of it is noise and the kernel."""
     logits, noise = draw(B, V)[0] * 3, torch.empty((B, V), pin_memory=True)
     threads = ThreadPoolExecutor()
-    made = one_by_one(
-        lambda i: list(threads.map(lambda row: row.exponential_(generator=torch.Generator()), noise)), 1, 3
-    )
+    made = one_by_one(lambda i: list(threads.map(lambda row: exponential(7, row), noise)), 1, 3)
     for name, params in (("top_p", dict(top_p=0.95)), ("top_k, top_p", dict(top_k=50, top_p=0.95)), ("plain", {})):
         each = [Sequence(str(b), [1], SamplingParams(**params), max_tokens=9, seed=b) for b in range(B)]
         given = [part.to(GPU) for part in (torch.arange(B), sampler.settings(each), noise)]

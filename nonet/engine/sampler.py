@@ -18,7 +18,7 @@ from nonet.kernels import cpu
 from nonet.kernels import triton as gpu
 from nonet.schedule.sequence import Sequence
 
-_MASK = (1 << 63) - 1
+_MASK = (1 << 64) - 1
 
 
 class Sampler:
@@ -94,10 +94,11 @@ def largest(logits_BV: Tensor) -> list[int]:
 
 def draw_rows(logits_BV: Tensor, rows: Seq[int], sequences: Seq[Sequence], threads: ThreadPoolExecutor) -> list[int]:
     """`draw` for these rows and their sequences, all at once on a GPU. Noise is made on the CPU, as everywhere."""
+    from nonet.kernels.cpu.noise import exponential
     from nonet.kernels.triton import sampling
 
     noise_NV = torch.empty((len(rows), logits_BV.shape[1]), pin_memory=True)
-    list(threads.map(lambda row, sequence: row.exponential_(generator=_generator(sequence)), noise_NV, sequences))
+    list(threads.map(lambda row, sequence: exponential(_key(sequence), row), noise_NV, sequences))
     given = row_N, setting_4N = torch.tensor(rows), settings(sequences)
     row_N, setting_4N = (part.pin_memory().to(logits_BV.device, non_blocking=True) for part in given)
     return sampling.draw(logits_BV, row_N, setting_4N, noise_NV.to(logits_BV.device, non_blocking=True)).tolist()
@@ -113,6 +114,8 @@ def settings(sequences: Seq[Sequence]) -> Tensor:
 
 def draw(logits_V: Tensor, sequence: Sequence) -> int:
     """One token by temperature, min_p, top_k, top_p; the largest probability / exponential noise wins."""
+    from nonet.kernels.cpu.noise import exponential
+
     p = sequence.params
     logits_V = logits_V / p.temperature
     if p.min_p > 0:
@@ -126,15 +129,15 @@ def draw(logits_V: Tensor, sequence: Sequence) -> int:
         ordered, index = probability_V.sort(descending=True, stable=True)
         out = ordered.cumsum(0) - ordered >= p.top_p  # the first to reach top_p stays
         probability_V = probability_V.index_fill(0, index[out], 0.0)
-    noise = torch.empty(len(probability_V)).exponential_(generator=_generator(sequence))
-    return int((probability_V / noise.to(probability_V.device)).argmax())
+    noise_V = exponential(_key(sequence), torch.empty(len(probability_V)))
+    return int((probability_V / noise_V.to(probability_V.device)).argmax())
 
 
-def _generator(sequence: Sequence) -> torch.Generator:
-    """Random numbers of this sequence at this position, on the CPU so that devices agree."""
+def _key(sequence: Sequence) -> int:
+    """64 bits for the random numbers of this sequence at this position."""
     mixed = (sequence.seed * 0x9E3779B97F4A7C15 + len(sequence.tokens) * 0xBF58476D1CE4E5B9 + 1) & _MASK
-    mixed ^= mixed >> 31
-    return torch.Generator().manual_seed((mixed * 0x94D049BB133111EB) & _MASK)
+    mixed = ((mixed ^ (mixed >> 31)) * 0x94D049BB133111EB) & _MASK
+    return mixed ^ (mixed >> 29)
 
 
 def logprobs(logits_BV: Tensor, tokens: Seq[int], counts: Seq[int]) -> list[list[TokenLogprob]]:

@@ -143,6 +143,7 @@ def test_what_is_not_done_is_refused():
         (replace(own, gate_up_bias=bias, down_bias=bias), "biases"),
         (replace(own, activation="clamped"), "activation"),
         (replace(own, down=tuple(w.t() for w in own.down)), "contiguous"),
+        (replace(own, scales=replace(own.scales, down=tuple(f.double() for f in own.scales.down))), "float32"),
     ):
         with pytest.raises(ConfigError, match=says):
             TritonExperts().check(bad)

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from nonet.config.fleet import Fleet
-from nonet.engine.sampler import Sampler, _generator, settings
+from nonet.engine.sampler import Sampler, _key, settings
 from nonet.engine.sampler import draw as draw_one
 from nonet.eplb.placement import Placement
+from nonet.kernels.cpu.noise import exponential
 from nonet.kernels.triton import INTERPRETED, activation, lookup, norm, rope, routing, sampling
 from nonet.layers.attention import place_qkv
 from nonet.layers.mlp import silu_times_reference
@@ -278,7 +279,7 @@ if not INTERPRETED:
 
 
 def drawn(logits_BV: torch.Tensor, rows: list[int], sequences: list[Sequence]) -> list[int]:
-    noise = [torch.empty(logits_BV.shape[1]).exponential_(generator=_generator(one)) for one in sequences]
+    noise = [exponential(_key(one), torch.empty(logits_BV.shape[1])) for one in sequences]
     given = torch.tensor(rows), settings(sequences), torch.stack(noise)
     return sampling.draw(logits_BV, *(part.to(DEVICE) for part in given)).tolist()
 

@@ -20,9 +20,12 @@ intrinsic: Any = numba.extending.intrinsic  # whose own type knows nothing of a 
 FAST = {"reassoc", "contract", "nsz"}
 
 
-def jit(*signatures: str) -> Any:
-    """Compile for these signatures now, or read what an earlier process compiled. Releases the interpreter lock."""
-    options: dict[str, Any] = dict(fastmath=FAST, nogil=True, boundscheck=False, error_model="numpy")
+def jit(*signatures: str, fast: bool = True) -> Any:
+    """Compile for these signatures now, or read what an earlier process compiled. Releases the interpreter lock.
+
+    Not fast: every operation is rounded as it stands.
+    """
+    options: dict[str, Any] = dict(fastmath=FAST if fast else False, nogil=True, boundscheck=False, error_model="numpy")
 
     def compiled(function: Any) -> Any:
         try:
@@ -43,12 +46,12 @@ def for_types(signature: str) -> tuple[str, str]:
 
 
 @intrinsic
-def _as_float(typing_context, bits):
+def as_float(typing_context, bits):
     return types.float32(types.uint32), lambda c, builder, s, args: builder.bitcast(args[0], ir.FloatType())
 
 
 @intrinsic
-def _as_bits(typing_context, value):
+def as_bits(typing_context, value):
     return types.uint32(types.float32), lambda c, builder, s, args: builder.bitcast(args[0], ir.IntType(32))
 
 
@@ -60,7 +63,7 @@ def f32(element):
 @overload(f32, inline="always")
 def _f32(element):
     if isinstance(element, types.Integer):
-        return lambda element: _as_float(np.uint32(element) << np.uint32(16))
+        return lambda element: as_float(np.uint32(element) << np.uint32(16))
     return lambda element: element
 
 
@@ -72,7 +75,7 @@ def put(array, i, value):
 @njit(inline="always")
 def bfloat16_bits(value):
     """The bits of a float32 rounded to the nearest bfloat16 (ties to even), in the lower half of a uint32."""
-    bits = _as_bits(np.float32(value))
+    bits = as_bits(np.float32(value))
     odd = (bits >> np.uint32(16)) & np.uint32(1)
     nearest = (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
     is_nan = np.uint32(bits & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000))  # it stays one; without a branch
@@ -98,7 +101,7 @@ def _put(array, i, value):
 @njit(inline="always")
 def order(value):
     """An int32 that is larger for a larger float32: comparing these vectorises. -0 comes before 0."""
-    bits = np.int32(_as_bits(value))
+    bits = np.int32(as_bits(value))
     return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
 
 
@@ -115,4 +118,4 @@ def exp(x):
     p = p * r + np.float32(1.6666665459e-1)
     p = p * r + np.float32(5.0000001201e-1)
     p = p * r * r + r + np.float32(1.0)
-    return p * _as_float(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))
+    return p * as_float(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))

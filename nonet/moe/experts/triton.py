@@ -47,17 +47,9 @@ class TritonExperts:
         self._tables = tables
 
     def check(self, weights: SlotWeights) -> None:
-        scales, reason = weights.scales, None
-        if scales is not None and (scales.block != experts_fp8.BLOCK or scales.offset):
-            reason = f"takes FP8 weights in blocks of {experts_fp8.BLOCK} that slices do not cut; use grouped"
-        elif scales is not None and (weights.gate_up_bias is not None or weights.activation != "silu"):
-            reason = "takes no biases or other activations beside FP8 weights; use grouped"
-        elif any(w.device.type == "cpu" for w in weights.gate_up) and not INTERPRETED:
-            reason = "runs on GPUs; use grouped"
-        elif any(w.data_ptr() % ALIGNED or not w.is_contiguous() for w in (*weights.gate_up, *weights.down)):
-            reason = f"wants each slot's weights contiguous from a multiple of {ALIGNED} bytes on; use grouped"
-        if reason is not None:
-            raise ConfigError("expert_backend", "triton", reason)
+        reason = _problem(weights)
+        if reason:
+            raise ConfigError("expert_backend", "triton", f"{reason}; use grouped")
 
     def __call__(self, sent: Dispatched, weights: SlotWeights, takes: Takes) -> Tensor:
         own = self._addresses(weights)
@@ -110,6 +102,27 @@ class TritonExperts:
         if self._tables is None:
             self._tables = () if INTERPRETED else tuned.load(torch.cuda.get_device_name(gate_up.device))
         return tuned.find(self._tables, len(weights.gate_up), D, width, str(gate_up.dtype).removeprefix("torch."))
+
+
+def _problem(weights: SlotWeights) -> str:
+    """Why these slots cannot be computed, or ""."""
+    scales, matrices = weights.scales, (*weights.gate_up, *weights.down)
+    biases = (*(weights.gate_up_bias or ()), *(weights.down_bias or ()))
+    factors = () if scales is None else (*scales.gate_up, *scales.down)
+    if scales is not None and (scales.block != experts_fp8.BLOCK or scales.offset):
+        return f"takes FP8 weights in blocks of {experts_fp8.BLOCK} that slices do not cut"
+    if scales is not None and (biases or weights.activation != "silu"):
+        return "takes no biases or other activations beside FP8 weights"
+    if not INTERPRETED:
+        if any(w.device.type != "cuda" for w in matrices):
+            return "runs on GPUs"
+        if scales is not None and torch.cuda.get_device_capability(matrices[0].device) < (8, 9):
+            return "multiplies FP8 weights on GPUs of compute capability 8.9 or more"
+    if any(w.data_ptr() % ALIGNED for w in matrices) or not all(t.is_contiguous() for t in matrices + biases + factors):
+        return f"wants each slot's tensors contiguous, its weights from a multiple of {ALIGNED} bytes on"
+    if any(b.dtype != matrices[0].dtype for b in biases) or any(f.dtype != torch.float32 for f in factors):
+        return "wants biases of the weights' dtype and factors in float32"
+    return ""
 
 
 def _addresses(part: tuple[Tensor, ...]) -> Tensor:
