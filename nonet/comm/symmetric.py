@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,19 +32,25 @@ class SymmetricWindows:
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # nothing here multicasts
         from torch.distributed import _symmetric_memory as symmetric
 
-        error = ""
-        try:
-            own = symmetric.empty(nbytes, dtype=torch.uint8, device=group.device)
-            own.zero_()
-            self._handle = symmetric.rendezvous(own, group.process_group)
-            self._bytes = [self._handle.get_buffer(r, (nbytes,), torch.uint8, 0) for r in range(group.size)]
-        except RuntimeError as failed:
-            error = str(failed).splitlines()[0]
-        for rank, said in enumerate(group.all_gather_object(error)):  # all give up, or none
-            if said:
-                raise CommError(f"no memory shared among the GPUs of ranks {group.ranks}: rank {rank} says: {said}")
+        own = self._all_or_none(group, lambda: symmetric.empty(nbytes, dtype=torch.uint8, device=group.device).zero_())
+        handle = self._all_or_none(group, lambda: symmetric.rendezvous(own, group.process_group))
+        self._handle = handle  # the mappings live as long
+        self._bytes = [handle.get_buffer(r, (nbytes,), torch.uint8, 0) for r in range(group.size)]
         torch.cuda.synchronize(group.device)
         group.barrier()  # everyone's zeros are written
+
+    @staticmethod
+    def _all_or_none(group: Group, work: Callable[[], Any]) -> Any:
+        """The result of work, or CommError on every rank that says which one failed and why."""
+        result, error = None, ""
+        try:
+            result = work()
+        except (RuntimeError, AttributeError) as failed:
+            error = str(failed).splitlines()[0]
+        for rank, said in zip(group.ranks, group.all_gather_object(error), strict=True):
+            if said:
+                raise CommError(f"no memory shared among the GPUs of ranks {group.ranks}: rank {rank} says: {said}")
+        return result
 
     def tensor(self, rank: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor over rank `rank`'s window from byte `offset` (a multiple of 64)."""

@@ -17,7 +17,7 @@ from nonet import plugins
 from nonet.config import env
 from nonet.config.assignments import check_assignments
 from nonet.config.checkpoint import DTYPE_BYTES, ModelSpec, fp8_block, needs_code, refuse_unsupported
-from nonet.config.roles import ROLES, SEND_FP8, play
+from nonet.config.roles import AMONG_GPUS, ROLES, play
 from nonet.config.schema import (
     CacheConfig,
     EngineConfig,
@@ -147,9 +147,8 @@ def _moe(config: EngineConfig, spec: ModelSpec, notes: list[Note]) -> MoeConfig:
     update: dict[str, object] = {"all2all_backend": _all2all(config, notes)}
     if not config.parallel.enable_expert_parallel and config.world_size > 1 and moe.combine == "exact":
         raise ConfigError("combine", "exact", "needs enable_expert_parallel: sliced experts are summed over ranks")
-    if moe.fp8_dispatch and update["all2all_backend"] not in SEND_FP8:
-        remedy = f"{update['all2all_backend']} does not send FP8; use nvlink_low_latency or nvlink_high_throughput"
-        raise ConfigError("fp8_dispatch", True, remedy)
+    if moe.fp8_dispatch:
+        _check_fp8_dispatch(config, str(update["all2all_backend"]))
     if moe.expert_backend == "auto":
         update["expert_backend"] = _experts(config, spec)
     else:
@@ -170,6 +169,18 @@ def _moe(config: EngineConfig, spec: ModelSpec, notes: list[Note]) -> MoeConfig:
     if moe.recorded_iterations:  # ranks may stand elsewhere
         update["expert_statistic_path"] = str(Path(moe.expert_statistic_path).expanduser().absolute())
     return moe.model_copy(update=update)
+
+
+def _check_fp8_dispatch(config: EngineConfig, all2all: str) -> None:
+    remedy = None
+    if all2all not in AMONG_GPUS:
+        remedy = f"{all2all} does not send FP8; use several ranks with expert parallelism over one of {list(AMONG_GPUS)}"
+    elif config.model.dtype != "bfloat16":
+        remedy = f"rows travel in FP8 in bfloat16 models, not in {config.model.dtype}"
+    elif config.moe.combine == "exact":
+        remedy = "combine = exact promises the same bits over every all-to-all; leave one of them out"
+    if remedy:
+        raise ConfigError("fp8_dispatch", True, remedy)
 
 
 def _experts(config: EngineConfig, spec: ModelSpec) -> str:
@@ -199,9 +210,11 @@ def _all2all(config: EngineConfig, notes: list[Note]) -> str:
         return _instead(name, "tensor", why, notes if asked else [])
     if name in ("local", "tensor"):
         raise ConfigError("all2all_backend", name, "moves no tokens between ranks; with expert parallelism use another")
+    device = config.parallel.device
+    if name in AMONG_GPUS and name not in ROLES and device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError("all2all_backend", name, "moves tokens between GPUs; on CPUs use shm")
     if name not in ROLES:
         return name
-    device = config.parallel.device
     return _instead(name, play(name, device), f"stands for exchange {ROLES[name].what}, on {device}", notes)
 
 

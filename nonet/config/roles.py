@@ -24,8 +24,8 @@ ROLES = {
     "deepep_low_latency": Role("for decode", "nvlink_low_latency", "deep_ep"),
     "flashinfer_all2allv": Role("over NVLink between nodes", "nvlink_low_latency", "flashinfer"),
 }
-ON_CPU = "shm"
-SEND_FP8 = ("nvlink_low_latency", "nvlink_high_throughput", *(name for name, role in ROLES.items() if role.library))
+ON_CPU, WITHOUT_TRITON = "shm", "all2allv"
+AMONG_GPUS = ("nvlink_low_latency", "nvlink_high_throughput", *(name for name, role in ROLES.items() if role.library))
 
 
 def play(name: str, device: Literal["auto", "cpu", "cuda"]) -> str:
@@ -33,4 +33,6 @@ def play(name: str, device: Literal["auto", "cpu", "cuda"]) -> str:
     role = ROLES[name]
     if device != "cuda":
         return ON_CPU
-    return name if role.library and find_spec(role.library) else role.on_cuda
+    if role.library and find_spec(role.library):
+        return name
+    return role.on_cuda if find_spec("triton") else WITHOUT_TRITON

@@ -116,7 +116,7 @@ class MoeConfig(Section):
     fp8_dispatch: bool = Field(
         False,
         description="Tokens travel to their experts in FP8 with a factor for each 128 numbers: half the bytes, less "
-        "exact. bfloat16 models over the nvlink all-to-alls.",
+        "exact. For bfloat16 models, over the nvlink all-to-alls and those of other libraries.",
     )
     expert_backend: str = Field("auto", description="What computes experts; a file in nonet/moe/experts.")
     combine: Literal["fast", "exact"] = Field(

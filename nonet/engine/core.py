@@ -142,6 +142,7 @@ class Core:
 
     def run(self, batch: m.StepBatch, tokens: list[int]) -> Tensor | None:
         """Run this rank's part; a rank without tokens still passes through every layer."""
+        self.worker.all2all.check()  # also on ranks that send nothing
         own = tokens[self.world.dp_rank]
         self.num_tokens += own
         self.max_step_tokens = max(self.max_step_tokens, own)
@@ -236,6 +237,7 @@ class Core:
         if sampling:
             assert logits is not None
             self.sample(sampling, logits if len(sampling) == row else logits[[r for _, r in sampling]], chunks)
+        self.worker.all2all.check()  # nothing is sent that was computed without a late rank
         by_front_end: dict[int, list[m.Chunk]] = {}
         for name, chunk in chunks.items():
             by_front_end.setdefault(m.front_end_of(name), []).append(chunk)
@@ -254,7 +256,6 @@ class Core:
         """Draw a token for each sequence, append it, and finish those that end with it."""
         sequences = [sequence for sequence, _ in sampling]
         tokens = self.sampler.sample(logits, sequences)
-        self.worker.all2all.check()  # nothing is sent that was computed without a late rank
         wanting = [b for b, sequence in enumerate(sequences) if sequence.params.logprobs is not None]
         entries: dict[int, list[m.TokenLogprob]] = {}
         if wanting:

@@ -13,7 +13,7 @@ from nonet.config.checkpoint import read_spec
 from nonet.config.env import VARIABLES
 from nonet.config.fleet import Fleet, split_evenly
 from nonet.config.resolve import CPU_KV_CACHE_BYTES, block_bytes, kv_heads_per_rank, resolve
-from nonet.config.roles import ROLES, SEND_FP8
+from nonet.config.roles import AMONG_GPUS, ROLES
 from nonet.errors import ConfigError, ModelError
 
 
@@ -251,8 +251,8 @@ def test_what_computes_experts_by_itself(resolved, gpus, block, settings, backen
 
 @pytest.fixture
 def installed(monkeypatch) -> set[str]:
-    """The libraries that are found."""
-    found: set[str] = set()
+    """The libraries that are found: Triton, and what a test adds."""
+    found: set[str] = {"triton"}
     monkeypatch.setattr("nonet.config.roles.find_spec", lambda name: object() if name in found else None)
     return found
 
@@ -289,7 +289,7 @@ def test_backends_of_roles_are_there():
     there = plugins.names("nonet.moe.all2all")
     assert {role.on_cuda for role in ROLES.values()} <= set(there)
     assert {name for name, role in ROLES.items() if role.library} <= set(there)
-    assert set(SEND_FP8) <= set(there)
+    assert set(AMONG_GPUS) <= set(there)
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,15 @@ def test_a_wait_ends_and_names_who_is_late():
         assert took < 1, "once it gave up it does not wait again"
 
 
+def test_who_comes_too_late_learns_of_it():
+    """The others' rows are of no use by then, so it must not go on with them."""
+    with Cluster(2, timeout_s=60, comm_timeout_s=2) as cluster:
+        said = cluster.run("tests.moe.nvlink_soak:one_stays_away", NAME, 6.0)
+    assert [text for text, _ in said] == [
+        f"{NAME} all-to-all: rank(s) {other} did not arrive within 2 s" for other in (1, 0)
+    ]
+
+
 def refusals(world: World) -> list[str]:
     said = []
     for more in ({"fp8": True}, {"fp8": True, "dtype": torch.bfloat16, "hidden_size": 200}):

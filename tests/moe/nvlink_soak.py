@@ -126,13 +126,18 @@ def soak(world: World, name: str, passes: int, faulty: bool = False) -> dict[str
     return {"passes": int(work.number), "wrong": int(work.wrong)}
 
 
-def one_stays_away(world: World, name: str) -> tuple[str, float]:
-    """All but the last rank dispatch: what `check` says there, and how long the next wait took after it."""
+def one_stays_away(world: World, name: str, returns_after_s: float | None = None) -> tuple[str, float]:
+    """All but the last rank dispatch and combine: what `check` says, and how long the wait after the first took.
+
+    The last rank stays away, or comes too late; then it must learn of it, too.
+    """
     fleet = Fleet.even(world.size, 2 * world.size)
     spec = All2AllSpec(world.ep, fleet, 2, 32, torch.float32, 4, exact=False)
     backend = plugins.load("nonet.moe.all2all", name, "all2all_backend").create(spec)
     if world.rank == world.size - 1:
-        return "", 0.0
+        if returns_after_s is None:
+            return "", 0.0
+        time.sleep(returns_after_s)
     x_TD, weight_TK = torch.ones((4, 32), device=world.device), torch.ones((4, 2), device=world.device)
     slot_TK = torch.zeros((4, 2), dtype=torch.int64, device=world.device)
     backend.check()  # nothing yet

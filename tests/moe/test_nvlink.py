@@ -44,7 +44,7 @@ def kernels():
 
     x, i, f = "*bf16", "*i64", "*fp32"
     numbers = dict.fromkeys(("T", "D", "K", "R", "me"), "i32")
-    waiting = {"epoch": i, "late": i, "told": i, "limit": "i64"}
+    waiting = {"epoch": i, "late": i, "told": i, "clock": i, "limit": "i64"}
     places = dict.fromkeys(("first", "x_at", "scale_at", "slot_at", "weight_at", "flag_at", "y_at", "pair_at"), "i64")
     common = {"x": x, "out": x, "slot": i, "weight": f, "window_G": i, "window_R": i, "first_R": "*i32"}
     common |= {"arrived": "*i32", "ready": i, "flags": i, "ready_at": "i64", **numbers, **waiting, **places}
@@ -87,3 +87,10 @@ def test_a_wait_ends_and_names_who_is_late():
         (text, took), _ = cluster.run("tests.moe.nvlink_soak:one_stays_away", NAMES[0])
     assert text.endswith("all-to-all: rank(s) 1 did not arrive within 3 s")
     assert took < 1, "once it gave up it does not wait again"
+
+
+@pytest.mark.gpus(2)
+def test_who_comes_too_late_learns_of_it():
+    with Cluster(2, device="cuda", timeout_s=60, comm_timeout_s=3) as cluster:
+        said = cluster.run("tests.moe.nvlink_soak:one_stays_away", NAMES[0], 8.0)
+    assert ["rank(s) 1 did" in said[0][0], "rank(s) 0 did" in said[1][0]] == [True, True]

@@ -3,7 +3,7 @@
 Used by the `nvlink` all-to-alls, which say what lies where in a window; specified by the contract of all-to-alls.
 `epoch` counts the pushes of this rank on the device, so that a captured graph can be replayed. A flag of a rank holds
 the epoch of who raised it. Waits end after `limit` (nanoseconds; in the interpreter polls): the late are then noted in
-`late` and, for the host, in `told`, and no later wait waits.
+`late` and, for the host, in `told`, no later wait waits, and no flag is raised any more. `clock` is the last time seen.
 Legend: T own tokens, D hidden, K top-k, R ranks, G slots of all ranks; addresses are int64.
 """
 
@@ -16,44 +16,47 @@ from triton.language.extra.cuda import globaltimer
 from nonet.kernels.triton import INTERPRETED
 
 CLOCK = tl.constexpr(not INTERPRETED)
+POLLS = tl.constexpr(1 if INTERPRETED else 64)  # between two looks at the clock
 FP8_LARGEST = tl.constexpr(448.0)
 FP8_LEAST = tl.constexpr(2.0**-100)
 
 
 @triton.jit
-def _now():
-    return globaltimer() if CLOCK else 0
+def await_flags(flags, epoch, late, told, clock, limit, R, RP: tl.constexpr):
+    """Until all R flags have reached `epoch`; then what was written before they were raised can be read.
 
-
-@triton.jit
-def await_flags(flags, epoch, late, told, limit, R, RP: tl.constexpr):
-    """Until all R flags have reached `epoch`; then what was written before they were raised can be read."""
+    All that is decided comes from atomic operations, whose results are the same in every thread of a program.
+    """
     r = tl.arange(0, RP)
-    got = tl.atomic_add(flags + r, 0, mask=r < R, sem="acquire", scope="sys")
-    missing = tl.sum(((got < epoch) & (r < R)).to(tl.int32), axis=0)
-    if missing > 0:
-        gave_up = tl.sum(tl.load(late + r, mask=r < R, other=0), axis=0)
-        missing = tl.where(gave_up > 0, 0, missing)
-        start = _now()
+    mask = r < R
+    missing = mask & (tl.atomic_add(flags + r, 0, mask=mask, sem="acquire", scope="sys") < epoch)
+    count = tl.sum(missing.to(tl.int32), axis=0)
+    if count > 0:
+        gave_up = tl.sum(tl.where(mask, tl.atomic_add(late + r, 0, mask=mask), 0), axis=0)
+        count = tl.where(gave_up > 0, 0, count)
+        start = tl.atomic_max(clock, globaltimer()) if CLOCK else 0
         polls = 0
-        while missing > 0:
-            got = tl.atomic_add(flags + r, 0, mask=r < R, sem="acquire", scope="sys")
-            missing = tl.sum(((got < epoch) & (r < R)).to(tl.int32), axis=0)
+        while count > 0:
+            missing = mask & (tl.atomic_add(flags + r, 0, mask=mask, sem="acquire", scope="sys") < epoch)
+            count = tl.sum(missing.to(tl.int32), axis=0)
             polls += 1
-            passed = (_now() - start) if CLOCK else polls
-            if (missing > 0) & (passed > limit):
-                tl.store(late + r, epoch, mask=(got < epoch) & (r < R))
-                tl.store(told + r, epoch, mask=(got < epoch) & (r < R))
-                missing = 0
+            if (count > 0) & (polls % POLLS == 0):
+                passed = tl.atomic_max(clock, globaltimer()) - start if CLOCK else polls
+                if passed > limit:
+                    tl.store(late + r, epoch, mask=missing)
+                    tl.store(told + r, epoch, mask=missing)
+                    count = 0
     tl.debug_barrier()
 
 
 @triton.jit
-def flags_of(window_R, offset, me, R, RP: tl.constexpr):
-    """[RP] pointers to flag `me` of every rank; of those past R, null."""
+def flags_of(window_R, offset, me, late, R, RP: tl.constexpr):
+    """[RP] pointers to flag `me` of every rank, null past R. All are null for a rank that gave up on another: its rows
+    may be of any epoch, so the others must give up on it."""
     r = tl.arange(0, RP)
     window = tl.load(window_R + r, mask=r < R, other=0)
-    return tl.where(window != 0, window + offset + 8 * me, 0).to(tl.pointer_type(tl.int64))
+    gave_up = tl.sum(tl.load(late + r, mask=r < R, other=0), axis=0)
+    return tl.where((window != 0) & (gave_up == 0), window + offset + 8 * me, 0).to(tl.pointer_type(tl.int64))
 
 
 @triton.jit
@@ -98,7 +101,7 @@ def _note(slot, weight, window_R, first_R, row, t, slot_at, weight_at, K, R, KP:
 
 @triton.jit(do_not_specialize=["first", "T"])
 def push(
-    x, slot, weight, window_G, window_R, first_R, epoch, arrived, first, T, D, K, R, me,
+    x, slot, weight, window_G, window_R, first_R, epoch, late, arrived, first, T, D, K, R, me,
     x_at, scale_at, slot_at, weight_at, flag_at,
     KP: tl.constexpr, RP: tl.constexpr, TOP: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
@@ -107,7 +110,7 @@ def push(
     Programs share T x PARTS pieces of BD columns. FP8: as e4m3 with a factor for each 128 columns.
     """
     now = tl.load(epoch) + 1  # what the end needs, before it waits for anything
-    flags = flags_of(window_R, flag_at, me, R, RP)
+    flags = flags_of(window_R, flag_at, me, late, R, RP)
     for piece in range(tl.program_id(0), T * PARTS, tl.num_programs(0)):
         t = tl.cast(piece // PARTS, tl.int64)
         row = first + t
@@ -140,14 +143,14 @@ def push(
 
 
 @triton.jit
-def wait(flags, epoch, late, told, limit, R, RP: tl.constexpr):
+def wait(flags, epoch, late, told, clock, limit, R, RP: tl.constexpr):
     """Until every rank has pushed this epoch."""
-    await_flags(flags, tl.load(epoch), late, told, limit, R, RP)
+    await_flags(flags, tl.load(epoch), late, told, clock, limit, R, RP)
 
 
 @triton.jit(do_not_specialize=["first", "T"])
 def pull(
-    slot, weight, window_G, window_R, ready, epoch, late, told, limit, out, first, T, D, K, R, me,
+    slot, weight, window_G, window_R, ready, epoch, late, told, clock, limit, out, first, T, D, K, R, me,
     y_at, pair_at, ready_at,
     KP: tl.constexpr, RP: tl.constexpr, TOP: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
@@ -158,14 +161,14 @@ def pull(
     """
     now = tl.load(epoch)
     if tl.program_id(0) == 0:
-        raise_flags(flags_of(window_R, ready_at, me, R, RP), now)
+        raise_flags(flags_of(window_R, ready_at, me, late, R, RP), now)
     has_waited = False
     for piece in range(tl.program_id(0), T * PARTS, tl.num_programs(0)):
         t = tl.cast(piece // PARTS, tl.int64)
         d = (piece % PARTS) * BD + tl.arange(0, BD)
         window_K = _targets(slot, window_G, t, K, KP, EACH)  # while flags are on their way
         if not has_waited:
-            await_flags(ready, now, late, told, limit, R, RP)
+            await_flags(ready, now, late, told, clock, limit, R, RP)
             has_waited = True
         total = tl.zeros([BD], tl.float32)
         for k in tl.static_range(TOP):
@@ -180,4 +183,4 @@ def pull(
             total += part
         tl.store(out + t * D + d, total.to(out.dtype.element_ty), mask=d < D)
     if not has_waited:  # a rank without tokens, too, goes on only when all are done with its rows
-        await_flags(ready, now, late, told, limit, R, RP)
+        await_flags(ready, now, late, told, clock, limit, R, RP)

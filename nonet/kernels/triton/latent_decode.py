@@ -1,7 +1,8 @@
 """Decode attention over a paged cache of latents: one row a token, key of all heads, its first numbers also the value.
 
 Specified by `layers.mla.LatentAttention.absorbed`, which puts queries into the rows' terms before and takes the result
-out of them after. The kernels are those of `decode`, with one KV head.
+out of them after. The kernels are those of `decode`, with one KV head, on all GPUs and in the interpreter; on Hopper,
+more than 16 heads over rows as DeepSeek's are `latent_hopper`'s, which needs the chip and is tested on it.
 Legend: B sequences, H heads, c width of the latent, W of a row, N blocks of the longest context.
 """
 

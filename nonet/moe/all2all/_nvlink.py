@@ -21,7 +21,7 @@ from torch import Tensor
 from nonet.comm.group import Pending
 from nonet.comm.peer import align
 from nonet.comm.symmetric import open_windows
-from nonet.errors import CommTimeout, ConfigError
+from nonet.errors import CommError, CommTimeout, ConfigError
 from nonet.kernels import triton as gpu
 from nonet.kernels.fp8 import FP8, ROW_BLOCK
 from nonet.moe.base import All2AllSpec, Dispatched, Takes, gather_counts, group_by_slot
@@ -82,11 +82,32 @@ class Nvlink:
         self._window_R, self._window_G = on_device(start_R), on_device(start_G)
         self._first_R = on_device(spec.fleet.first_slot[:R]).int()
         self._epoch, self._counter, self._late = on_device([0]), on_device([0]).int(), on_device([0] * R)
+        self._clock = on_device([0])
         self._told = torch.zeros(R, dtype=torch.int64, pin_memory=group.device.type == "cuda")  # the same, for the host
         self._is_open = False
+        self._meet()
+
+    def _meet(self) -> None:
+        """Exchange no rows: flags reach everyone, or this is no place to serve from. Compiles the kernels, too."""
+        spec, device = self.spec, self.spec.group.device
+        x_0D = torch.empty((0, spec.hidden_size), dtype=spec.dtype, device=device)
+        slot_0K, weight_0K = (
+            torch.empty((0, spec.top_k), dtype=t, device=device) for t in (torch.int64, torch.float32)
+        )
+        sent = self.dispatch(x_0D, slot_0K, weight_0K, [0] * spec.group.size).wait()
+        self.combine(self._y[:0], sent).wait()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        try:
+            self.check()
+        except CommTimeout as error:
+            raise CommError(
+                f"{self.name}: flags do not reach all GPUs; is every pair linked by NVLink? {error}"
+            ) from error
 
     def dispatch(self, x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor, rows: Sequence[int]) -> Pending[Dispatched]:
-        assert x_TD.shape[0] <= self.spec.max_rows, "the layer chunks what is larger"
+        assert max(rows) <= self.spec.max_rows, "the layer chunks what is larger"
+        assert x_TD.shape[0] == rows[self.spec.group.rank], "a rank brings as many rows as it announced"
         assert not self._is_open, "a window holds one dispatch: combine it before the next"
         self._is_open = True
         ticket = Ticket(tuple(rows), x_TD.contiguous(), slot_TK.contiguous(), weight_TK.contiguous())
@@ -119,9 +140,9 @@ class Nvlink:
 
         at, grid, shape = self._at, *self._cut(self._push, len(ticket.x_TD))
         exchange.push[grid](
-            ticket.x_TD, ticket.slot_TK, ticket.weight_TK, self._window_G, self._window_R, self._first_R, self._epoch,
-            self._counter, *self._numbers(ticket), at["x"], at["scale"], at["slot"], at["weight"], at["arrived"],
-            FP8=self.spec.fp8, **shape,
+            ticket.x_TD, ticket.slot_TK, ticket.weight_TK, self._window_G, self._window_R, self._first_R,
+            self._epoch, self._late, self._counter, *self._numbers(ticket),
+            at["x"], at["scale"], at["slot"], at["weight"], at["arrived"], FP8=self.spec.fp8, **shape,
         )  # fmt: skip
 
     def wait(self) -> None:
@@ -151,9 +172,9 @@ class Nvlink:
         return first, len(ticket.x_TD), self.spec.hidden_size, self.spec.top_k, group.size, group.rank
 
     @property
-    def _waiting(self) -> tuple[Tensor, Tensor, Tensor, int]:
+    def _waiting(self) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
         ticks = 2e2 if gpu.INTERPRETED else 1e9  # polls there, nanoseconds else
-        return self._epoch, self._late, self._told, int(self.spec.group.timeout_s * ticks)
+        return self._epoch, self._late, self._told, self._clock, int(self.spec.group.timeout_s * ticks)
 
     def _cut(self, launch: Launch, T: int) -> tuple[tuple[int], dict[str, int]]:
         """(grid, constants) for T tokens."""
