@@ -174,7 +174,7 @@ def _moe(config: EngineConfig, spec: ModelSpec, notes: list[Note]) -> MoeConfig:
 def _check_fp8_dispatch(config: EngineConfig, all2all: str) -> None:
     remedy = None
     if all2all not in AMONG_GPUS:
-        remedy = f"{all2all} does not send FP8; use several ranks with expert parallelism over one of {list(AMONG_GPUS)}"
+        remedy = f"{all2all} does not send FP8; with several ranks and expert parallelism use one of {AMONG_GPUS}"
     elif config.model.dtype != "bfloat16":
         remedy = f"rows travel in FP8 in bfloat16 models, not in {config.model.dtype}"
     elif config.moe.combine == "exact":

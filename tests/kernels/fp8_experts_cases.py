@@ -5,6 +5,8 @@ Run by test_triton.py in a process of its own, as triton_cases.py.
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from dataclasses import replace
 
 import pytest
@@ -111,6 +113,32 @@ def test_layer(N, K, S, D, width, rule):
     assert off(y_MD[:total], formula(own, given, quantized=False)) < 6e-2  # what three bits of rows can do
     y_MD[total:] = torch.nan
     assert off(experts(given, own, "rows"), sum_pairs(y_MD, given)) < 1e-2
+
+
+if INTERPRETED:  # on a GPU what lies behind an allocation may be read without a word
+
+    @pytest.mark.parametrize("D", [128, 272, 384])
+    def test_nothing_past_a_weight_is_read(D):
+        """An odd number of blocks of outputs, of which the tiles of the second product take two."""
+        own, given = problem(75, 2, 2, D, 128)
+        want = kernel(own, MANY)(given, own, "pairs")
+        assert own.scales is not None
+        assert MANY[1].BN == 256
+        scales = replace(own.scales, down=tuple(map(before_a_wall, own.scales.down)))
+        own = replace(own, down=tuple(map(before_a_wall, own.down)), scales=scales)
+        total = int(given.count_S.sum())
+        assert torch.equal(kernel(own, MANY)(given, own, "pairs")[:total], want[:total])
+
+    def before_a_wall(matrix: Tensor) -> Tensor:
+        """The same numbers at the end of memory: a read past them ends the process."""
+        page = mmap.PAGESIZE
+        room = -(-matrix.nbytes // page) * page
+        memory = mmap.mmap(-1, room + page)
+        libc = ctypes.CDLL(None, use_errno=True)
+        whole = torch.frombuffer(memory, dtype=torch.uint8)
+        assert libc.mprotect(ctypes.c_void_p(whole.data_ptr() + room), page, mmap.PROT_READ & 0) == 0
+        out = whole[room - matrix.nbytes : room].view(matrix.dtype).view(matrix.shape)
+        return out.copy_(matrix)
 
 
 def test_rows_that_arrive_in_fp8_are_taken_as_they_are():

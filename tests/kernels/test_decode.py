@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-triton = pytest.importorskip("triton")
+from tests.in_triton import compile_for, run_cases
+
 CASES = Path(__file__).parent / "decode_cases.py"
 
 
-def run_cases(**env: str) -> str:
-    quiet = ["-W", "ignore::DeprecationWarning"]  # of NumPy, by the interpreter
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", *quiet, str(CASES)]
-    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def test_in_the_interpreter():
-    assert "[100%]" in run_cases(TRITON_INTERPRET="1")
+    run_cases(CASES, interpreted=True)
 
 
 @pytest.mark.gpu
 def test_on_a_gpu():
-    said = run_cases(TRITON_INTERPRET="0")
-    assert "[100%]" in said
-    assert "SKIPPED" not in said
+    run_cases(CASES, interpreted=False)
 
 
 def kernels():
@@ -39,18 +27,7 @@ def kernels():
     x, i, f = "*bf16", "*i64", "*fp32"
     names = ["block_stride", "q_stride", "q_head", "key_stride", "value_stride", "out_stride", "out_head"]
     sizes = dict.fromkeys(["B", "window", "chunk", "programs", *names], "i32")
-    data = {
-        "q": x,
-        "keys": x,
-        "values": x,
-        "block": i,
-        "length": i,
-        "out": x,
-        "part": f,
-        "top": f,
-        "cut": "*i32",
-        "sink": f,
-    }
+    data = dict.fromkeys(("q", "keys", "values", "out"), x) | {"block": i, "length": i, "cut": "*i32"}
     types = {**data, **sizes, "part": f, "top": f, "sink": f, "scale": "fp32"}
     grouped = {"h": 4, "G": 8, "DIM": 128, "REST": 0, "SHARED": False, "HEADS": 16, "PACKS": 1, "BN": 64}
     latent = {"h": 1, "G": 128, "DIM": 512, "REST": 64, "SHARED": True, "HEADS": 64, "PACKS": 2, "BN": 32}
@@ -67,23 +44,7 @@ def kernels():
 
 @pytest.mark.parametrize(("name", "architecture"), [(n, a) for n, *_, instructions in kernels() for a in instructions])
 def test_compiles_for(name, architecture):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     _, kernel, types, constants, options, instructions = next(case for case in kernels() if case[0] == name)
-    source = ASTSource
-    if kernel.is_gluon():
-        from triton.experimental.gluon._runtime import GluonASTSource
-
-        source = GluonASTSource
-    names = kernel.arg_names
-    signature = {argument: types.get(argument, "constexpr") for argument in names}
-    even = [n for n, a in enumerate(names) if signature[a].startswith("*") or a.startswith(("q_", "key_", "value_"))]
-    attributes = {(n,): [["tt.divisibility", 16]] for n in even}
-    compiled = triton.compile(
-        source(kernel, signature=signature, constexprs=constants, attrs=attributes),
-        target=GPUTarget("cuda", architecture, 32),
-        options=options,
-    )
-    assert instructions[architecture] in compiled.asm["ptx"]
-    assert compiled.metadata.shared <= 232448  # bytes a program may have
+    named = [n for n in kernel.arg_names if n in types and n not in constants]
+    aligned = [n for n in named if types[n].startswith("*") or n.startswith(("q_", "key_", "value_"))]
+    assert instructions[architecture] in compile_for(architecture, kernel, types, constants, aligned=aligned, **options)

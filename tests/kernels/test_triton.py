@@ -1,38 +1,25 @@
-"""Triton kernels: their cases in the interpreter and on a GPU, each in a process of its own, and compiled for GPUs.
-
-The interpreter is chosen by an environment variable that is read when kernels are imported.
-"""
+"""Triton kernels of experts: their cases in the interpreter and on a GPU, and compiled for GPUs."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-triton = pytest.importorskip("triton")
-CASES = [str(Path(__file__).parent / name) for name in ("triton_cases.py", "fp8_experts_cases.py")]
+from tests.in_triton import compile_for, run_cases
+
+CASES = [Path(__file__).parent / name for name in ("triton_cases.py", "fp8_experts_cases.py")]
 
 
-def run_cases(**env: str) -> str:
-    quiet = ["-W", "ignore::DeprecationWarning"]  # of NumPy, by the interpreter
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", *quiet, *CASES]
-    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def test_in_the_interpreter():
-    assert "[100%]" in run_cases(TRITON_INTERPRET="1")
+@pytest.mark.parametrize("cases", CASES, ids=lambda path: path.stem)
+def test_in_the_interpreter(cases):
+    run_cases(cases, interpreted=True)
 
 
 @pytest.mark.gpu
-def test_on_a_gpu():
-    said = run_cases(TRITON_INTERPRET="0")
-    assert "[100%]" in said
-    assert "SKIPPED" not in said
+@pytest.mark.parametrize("cases", CASES, ids=lambda path: path.stem)
+def test_on_a_gpu(cases):
+    run_cases(cases, interpreted=False)
 
 
 def kernels():
@@ -71,14 +58,7 @@ def kernels():
 @pytest.mark.parametrize(("architecture", "products"), [(90, "wgmma"), (100, "tcgen05")])
 @pytest.mark.parametrize("name", [name for name, *_ in kernels()])
 def test_compiles_for(name, architecture, products):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     _, kernel, types, constants = next(case for case in kernels() if case[0] == name)
-    signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
-    compiled = triton.compile(
-        ASTSource(kernel, signature=signature, constexprs=constants, attrs={}),
-        target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": 8 if name.endswith("128") else 4, "num_stages": 3},
-    )
-    assert name.startswith(("gate_up", "down")) == (products in compiled.asm["ptx"])
+    options = {"num_warps": 8 if name.endswith("128") else 4, "num_stages": 3}
+    ptx = compile_for(architecture, kernel, types, constants, **options)
+    assert name.startswith(("gate_up", "down")) == (products in ptx)

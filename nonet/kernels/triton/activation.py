@@ -10,14 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nonet.kernels.triton.tiling import early, wait_for_the_kernel_before
+from nonet.kernels.triton.early import early, wait_for_the_kernel_before
 
 BLOCK, WARPS = 512, 4  # fastest on an H100
 
 
 def silu_times(gate_up: Tensor) -> Tensor:
-    """[T, I] of gate_up [T, 2I], contiguous: gate on the left, up on the right."""
-    T, width = gate_up.shape[0], gate_up.shape[1] // 2
+    """[T, I] of gate_up [T, 2I]: gate on the left, up on the right."""
+    T, width, gate_up = gate_up.shape[0], gate_up.shape[1] // 2, gate_up.contiguous()
     out = torch.empty((T, width), dtype=gate_up.dtype, device=gate_up.device)
     if T:
         block = min(BLOCK, triton.next_power_of_2(width))

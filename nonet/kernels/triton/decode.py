@@ -76,6 +76,7 @@ def run(
     B, H, _ = q_BHx.shape
     if not B:
         return
+    assert keys[0].is_contiguous(), "the heads of a place lie side by side"
     h, shared = keys.shape[1], values is None
     G = H // h
     heads = min(tile.heads, max(16, triton.next_power_of_2(G)))

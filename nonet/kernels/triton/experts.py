@@ -13,16 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from nonet.kernels.triton import INTERPRETED
+from nonet.kernels.triton.early import early, wait_for_the_kernel_before
 from nonet.kernels.triton.tiling import (
     Tile,
     at,
     count_blocks,
-    early,
     find,
     gathered,
     part,
     programs,
-    wait_for_the_kernel_before,
 )
 
 ALPHA, LIMIT = tl.constexpr(1.702), tl.constexpr(7.0)  # of the clamped activation, as gpt-oss has them

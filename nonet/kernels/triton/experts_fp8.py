@@ -9,6 +9,8 @@ Legend: see experts.py; d, i blocks of D and I.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -16,16 +18,15 @@ from torch import Tensor
 
 from nonet.kernels.fp8 import FP8, LARGEST, ROW_BLOCK
 from nonet.kernels.triton import INTERPRETED
+from nonet.kernels.triton.early import early, wait_for_the_kernel_before
 from nonet.kernels.triton.tiling import (
     Tile,
     at,
     count_blocks,
-    early,
     find,
     gathered,
     part,
     programs,
-    wait_for_the_kernel_before,
 )
 
 BLOCK = ROW_BLOCK  # of weights too
@@ -77,6 +78,8 @@ def down(
     """
     M, width, S = act_MI.shape[0], act_MI.shape[1], address_S.shape[0]
     out = torch.empty((M, hidden), dtype=dtype, device=act_MI.device)
+    if tile.BN > BLOCK and triton.cdiv(hidden, BLOCK) % 2:  # a tile of two blocks would reach past the weight
+        tile = replace(tile, BN=BLOCK)
     _down[(programs(M, S, triton.cdiv(hidden, tile.BN), tile, act_MI.device),)](
         act_MI, scale_Mi, start_S, count_S, address_S, scale_address_S, out, S, hidden, width,
         BM=tile.BM, BN=tile.BN, BK=tile.BK, SLOTS=triton.next_power_of_2(S), SWAP=tile.swap, LOOP=tile.each > 0,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nonet.kernels.triton.tiling import early, wait_for_the_kernel_before
+from nonet.kernels.triton.early import early, wait_for_the_kernel_before
 
 # Up to ALONE pairs one program has them all, beyond it CHUNK; up to so many chunks each counts those before by itself.
 # The fastest tried on an H100.

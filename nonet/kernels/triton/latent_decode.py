@@ -61,6 +61,7 @@ def _hopper(
     (B, H, W), c = q_BHW.shape, out_BHc.shape[2]
     if not B:
         return
+    assert cache_row.is_contiguous(), "rows are fetched 16 bytes at a time, one after the other"
     packs = -(-H // kernel.H.value)
     programs = max(1, cores(q_BHW.device) // packs)
     left = scratch(programs, packs * kernel.H.value, c, q_BHW.device)

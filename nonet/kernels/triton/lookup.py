@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nonet.kernels.triton.tiling import early, wait_for_the_kernel_before
+from nonet.kernels.triton.early import early, wait_for_the_kernel_before
 
 # A program places so many pairs, FEW or MANY. It compares them with all before, PART at a time; where there are more
 # pairs than LIMIT, parts before its own are counted first, and their counts added, ROWS at a time. Fastest on an H100.

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nonet.kernels.triton.tiling import early, wait_for_the_kernel_before
+from nonet.kernels.triton.early import early, wait_for_the_kernel_before
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:

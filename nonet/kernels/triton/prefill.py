@@ -246,7 +246,7 @@ def _walk(
     return total, top, weight
 
 
-@triton.jit(do_not_specialize=["P", "block_row"])
+@triton.jit(do_not_specialize=["P", "block_row"], do_not_specialize_on_alignment=["block", "first", "count", "context"])
 def _prefill(
     q, k, more, v, out, block, first, count, context, sink, scale, P, h, block_row,
     q_token, q_head, k_place, k_head, more_place, more_head, v_place, v_head, out_token, out_head,

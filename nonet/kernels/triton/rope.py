@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nonet.kernels.triton.tiling import early, wait_for_the_kernel_before
+from nonet.kernels.triton.early import early, wait_for_the_kernel_before
 
 HEADS, TURNED, WARPS = 8, 32, 4  # of a program: heads, heads where a part is turned; fastest on an H100
 

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nonet.kernels.triton.early import early, wait_for_the_kernel_before
 from nonet.kernels.triton.routing import order
-from nonet.kernels.triton.tiling import early, wait_for_the_kernel_before
 
 PROGRAMS, BLOCK, WARPS = 528, 2048, 8  # so many programs at least, each with blocks of so many logits at a time
 DRAWN = 8192, 32  # logits at a time, and warps, of a program that draws

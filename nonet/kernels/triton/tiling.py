@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nonet.kernels.triton import INTERPRETED
 
@@ -39,24 +38,6 @@ def programs(M: int, S: int, tiles: int, tile: Tile, device: torch.device) -> in
     if not tile.each:
         return jobs
     return min(jobs, tile.each * (1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count))
-
-
-def early(device: torch.device) -> dict[str, bool]:
-    """Launch options: from Hopper on a kernel may start while the one before it ends, and waits for it itself."""
-    if INTERPRETED or torch.cuda.get_device_capability(device) < (9, 0):
-        return {"EARLY": False}
-    return {"EARLY": True, "launch_pdl": True}
-
-
-@triton.jit
-def wait_for_the_kernel_before(EARLY: tl.constexpr):
-    """Nothing it wrote may be read before, and nothing written; what was written still earlier may be read.
-
-    Every kernel that starts early must come here, also one that reads nothing, so that the next can rely on it.
-    """
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
 
 
 @triton.jit

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from nonet.comm.group import Pending
+from nonet.kernels import triton as gpu
 from nonet.moe.base import All2All, All2AllSpec, Dispatched, Takes, group_by_slot, sum_pairs
 
 
@@ -20,10 +21,9 @@ def create(spec: All2AllSpec) -> All2All:
 class Local:
     """Groups a rank's own rows by slot."""
 
-    captures = False  # the sort's counts are read on the host by today's expert kernels
-
     def __init__(self, spec: All2AllSpec) -> None:
         self.spec = spec
+        self.captures = gpu.HAS_TRITON and spec.group.device.type == "cuda"  # the plain sort reads on the host
         self.takes: Takes = "pairs" if spec.exact else "rows"
 
     def dispatch(self, x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor, rows: Sequence[int]) -> Pending[Dispatched]:

@@ -122,6 +122,10 @@ def _problem(weights: SlotWeights) -> str:
     widths, step = (first.shape[1], weights.down[0].shape[1]), WIDTH if scales is None else ROW_BLOCK
     if any(width % step for width in widths):
         return f"needs widths that {step} divides, not {' and '.join(map(str, widths))}"
-    if first.is_cuda and torch.cuda.get_device_capability(first.device)[0] < 9:
-        return "needs a Hopper GPU or a later one"
+    if first.is_cuda:
+        generation = torch.cuda.get_device_capability(first.device)[0]
+        if generation < 9:
+            return "needs a Hopper GPU or a later one"
+        if generation > 9 and scales is not None:  # there factors must be powers of two, which these are not
+            return "takes FP8 on Hopper GPUs alone"
     return ""

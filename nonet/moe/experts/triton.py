@@ -19,6 +19,7 @@ from nonet.moe.base import Dispatched, Experts, Takes
 from nonet.weights.slots import SlotWeights
 
 ALIGNED = 16  # bytes: the kernels read so many at once
+SHARED = 232448  # bytes that the largest tiles take
 
 
 def create() -> Experts:
@@ -47,11 +48,13 @@ class TritonExperts:
         self._tables = tables
 
     def check(self, weights: SlotWeights) -> None:
-        reason = _problem(weights)
-        if reason:
-            raise ConfigError("expert_backend", "triton", f"{reason}; use grouped")
+        if weights.gate_up:
+            self._addresses(weights)  # kept from now on: a step that is captured could not copy them
 
     def __call__(self, sent: Dispatched, weights: SlotWeights, takes: Takes) -> Tensor:
+        if not weights.gate_up:
+            rows = len(sent.row_M) if takes == "pairs" else len(sent.x_ND)
+            return sent.x_ND.new_zeros((rows, sent.x_ND.shape[1]), dtype=sent.dtype)
         own = self._addresses(weights)
         y_MD = self._plain(sent.plain(), own) if weights.scales is None else self._fp8(sent, own)
         return y_MD if takes == "pairs" else experts.sum_pairs(y_MD, sent.pair_NK, sent.weight_M, sent.out)
@@ -83,7 +86,9 @@ class TritonExperts:
     def _addresses(self, weights: SlotWeights) -> _Addresses:
         known = self._known.get(id(weights))
         if known is None:
-            self.check(weights)
+            reason = _problem(weights)
+            if reason:
+                raise ConfigError("expert_backend", "triton", f"{reason}; use grouped")
             scales = weights.scales
             known = self._known[id(weights)] = _Addresses(
                 weights,
@@ -116,8 +121,9 @@ def _problem(weights: SlotWeights) -> str:
     if not INTERPRETED:
         if any(w.device.type != "cuda" for w in matrices):
             return "runs on GPUs"
-        if scales is not None and torch.cuda.get_device_capability(matrices[0].device) < (8, 9):
-            return "multiplies FP8 weights on GPUs of compute capability 8.9 or more"
+        gpu = torch.cuda.get_device_properties(matrices[0].device)
+        if getattr(gpu, "shared_memory_per_block_optin", SHARED) < SHARED:
+            return f"has tiles for GPUs with {SHARED >> 10} KiB of shared memory a program, as Hopper's"
     if any(w.data_ptr() % ALIGNED for w in matrices) or not all(t.is_contiguous() for t in matrices + biases + factors):
         return f"wants each slot's tensors contiguous, its weights from a multiple of {ALIGNED} bytes on"
     if any(b.dtype != matrices[0].dtype for b in biases) or any(f.dtype != torch.float32 for f in factors):
