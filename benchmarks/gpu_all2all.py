@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 import triton
 import triton.language as tl
+from _gpu import need_gpus
 
 from nonet import plugins
 from nonet.comm.world import World
@@ -191,6 +192,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="T of 32 and 4096 alone")
     parser.add_argument("--json", type=Path, help="file for all figures")
     arguments = parser.parse_args()
+    need_gpus(arguments.ranks)
     shape, tokens = Shape(hidden=arguments.hidden), (32, 4096) if arguments.quick else TOKENS
     found = run_ranks(arguments.ranks, measure, astuple(shape), tokens, device="cuda", timeout_s=500)[0]
     versions = f"PyTorch {torch.__version__}, Triton {triton.__version__}, NCCL {torch.cuda.nccl.version()}"

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import triton
+from _gpu import need_gpus
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -230,9 +231,7 @@ def main() -> int:
     parser.add_argument("--only", choices=["decode", "mla", "prefill"], help="one of the tables")
     parser.add_argument("--json", type=Path, help="write all rows there, too")
     given = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("benchmarks/gpu_attention.py needs a GPU and found none", file=sys.stderr)
-        return 1
+    need_gpus()
     torch.manual_seed(0)
     copied = copy_bandwidth()
     versions = {"torch": torch.__version__, "triton": triton.__version__}

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from _gpu import need_gpus
 from torch import Tensor
 
 from nonet import plugins
@@ -251,6 +252,7 @@ def main() -> int:
     parser.add_argument("--tokens", nargs="+", type=int, help="instead of each shape's own")
     parser.add_argument("--json", type=Path, help="write the results here")
     args = parser.parse_args()
+    need_gpus()
     import triton
 
     torch.manual_seed(0)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import triton
+from _gpu import need_gpus
 from torch import Tensor
 
 from nonet.config.fleet import Fleet
@@ -240,6 +241,7 @@ def main() -> None:
     parser.add_argument("--drawn", type=int, nargs="*", default=[1, 32, 256], help="rows that are drawn at once")
     parser.add_argument("--only", default="", help="operations whose name contains this")
     chosen = parser.parse_args()
+    need_gpus()
     speed = copy_speed()
     versions = f"torch {torch.__version__}, triton {triton.__version__}"
     print(f"{torch.cuda.get_device_name()}, {versions}; copy {speed / 1e6:.2f} TB/s; us, graph | one by one")

@@ -236,6 +236,8 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=16, help="that compile")
     parser.add_argument("--folder", type=Path, default=tuned.FOLDER, help="where to write the table")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("tune_experts.py: needs a GPU, found none")
     shapes = {name: SHAPES[name] for name in args.shapes}
     if args.tokens:
         shapes = {name: replace(shape, tokens=tuple(args.tokens)) for name, shape in shapes.items()}
