@@ -210,9 +210,14 @@ def _short(tile: Tile) -> str:
 
 
 def write(device: str, layers: Iterable[Layer], folder: Path) -> Path:
-    """These layers instead of those of the same shapes; the others stay."""
+    """These buckets instead of those of the same shapes for as many pairs; all others stay."""
     key = lambda own: (own.dtype, own.hidden, own.intermediate, own.slots)
-    merged = {key(own): own for own in (*tuned.load(device, folder), *layers)}
+    merged: dict[tuple[str, int, int, int], Layer] = {}
+    for own in (*tuned.load(device, folder), *layers):
+        known = merged[key(own)].buckets if key(own) in merged else ()
+        buckets = {f"{bucket.pairs_a_slot:g}": bucket for bucket in (*known, *own.buckets)}
+        in_order = sorted(buckets.values(), key=lambda bucket: bucket.pairs_a_slot)
+        merged[key(own)] = replace(own, buckets=tuple(in_order))
     entries = []
     for _, own in sorted(merged.items()):
         rows = ",\n".join(

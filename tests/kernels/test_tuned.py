@@ -68,6 +68,9 @@ def test_the_tool_replaces_what_it_tuned_again_and_keeps_the_rest(tmp_path):
     assert tool.write("Some GPU", [old, kept], tmp_path) == tuned.path("Some GPU", tmp_path)
     tool.write("Some GPU", [new], tmp_path)
     assert tuned.load("Some GPU", tmp_path) == (kept, new)
+    between = Layer(16, 256, 128, "bfloat16", (Bucket(2, SMALL, SMALL), Bucket(8, SMALL, SMALL)))
+    tool.write("Some GPU", [between], tmp_path)
+    assert tuned.load("Some GPU", tmp_path)[1].buckets == (new.buckets[0], *between.buckets)
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=[file.stem for file in SHIPPED])
