@@ -22,6 +22,13 @@ FP8_LEAST = tl.constexpr(2.0**-100)
 
 
 @triton.jit
+def _now(clock):
+    """Nanoseconds, the same in every thread of the program: what an atomic operation returns is."""
+    tl.atomic_max(clock, globaltimer())
+    return tl.atomic_add(clock, 0)
+
+
+@triton.jit
 def await_flags(flags, epoch, late, told, clock, limit, R, RP: tl.constexpr):
     """Until all R flags have reached `epoch`; then what was written before they were raised can be read.
 
@@ -29,23 +36,21 @@ def await_flags(flags, epoch, late, told, clock, limit, R, RP: tl.constexpr):
     """
     r = tl.arange(0, RP)
     mask = r < R
-    missing = mask & (tl.atomic_add(flags + r, 0, mask=mask, sem="acquire", scope="sys") < epoch)
-    count = tl.sum(missing.to(tl.int32), axis=0)
-    if count > 0:
-        gave_up = tl.sum(tl.where(mask, tl.atomic_add(late + r, 0, mask=mask), 0), axis=0)
-        count = tl.where(gave_up > 0, 0, count)
-        start = tl.atomic_max(clock, globaltimer()) if CLOCK else 0
-        polls = 0
-        while count > 0:
-            missing = mask & (tl.atomic_add(flags + r, 0, mask=mask, sem="acquire", scope="sys") < epoch)
-            count = tl.sum(missing.to(tl.int32), axis=0)
-            polls += 1
-            if (count > 0) & (polls % POLLS == 0):
-                passed = tl.atomic_max(clock, globaltimer()) - start if CLOCK else polls
-                if passed > limit:
-                    tl.store(late + r, epoch, mask=missing)
-                    tl.store(told + r, epoch, mask=missing)
-                    count = 0
+    polls, start, count = tl.full([], 0, tl.int32), tl.full([], 0, tl.int64), 1
+    while count > 0:
+        missing = mask & (tl.atomic_add(flags + r, 0, mask=mask, sem="acquire", scope="sys") < epoch)
+        count = tl.sum(missing.to(tl.int32), axis=0)
+        polls += 1
+        if (count > 0) & (polls % POLLS == 0):  # seldom: looking at anything else would delay the next poll
+            gave_up = tl.sum(tl.where(mask, tl.atomic_add(late + r, 0, mask=mask), 0), axis=0)
+            now = _now(clock) if CLOCK else polls
+            start = tl.where(polls == POLLS, now, start)
+            if gave_up > 0:
+                count = 0
+            elif now - start > limit:
+                tl.store(late + r, epoch, mask=missing)
+                tl.store(told + r, epoch, mask=missing)
+                count = 0
     tl.debug_barrier()
 
 
