@@ -5,14 +5,18 @@ Run by test_nvlink.py in a process of its own, since the interpreter is chosen w
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 import torch
+import triton.language as tl
 
 from nonet import LLM, SamplingParams
 from nonet.comm.world import World
 from nonet.config.fleet import Fleet
 from nonet.errors import ConfigError
-from nonet.kernels.triton import INTERPRETED
+from nonet.kernels.triton import INTERPRETED, exchange
 from nonet.moe.all2all import nvlink_high_throughput
 from nonet.moe.base import All2AllSpec
 from nonet.testing.cluster import Cluster
@@ -96,3 +100,29 @@ def test_the_engine_over_it():
             outs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=5, ignore_eos=True))
             found[backend] = [out.outputs[0].token_ids for out in outs]
     assert found[NAME] == found["allgather_reducescatter"]
+
+
+def test_the_clock_of_a_wait(monkeypatch: pytest.MonkeyPatch):
+    """As on a GPU, by time: long after the clock was last looked at, a wait still has all of its time; who is late is
+    noted once that is over, and then no wait waits."""
+    monkeypatch.setattr(exchange, "CLOCK", tl.constexpr(True))
+    monkeypatch.setattr(exchange, "globaltimer", lambda: tl.full([], time.time_ns(), tl.int64))
+    flags, epoch, clock = torch.tensor([7, 6, 9]), torch.tensor([7]), torch.tensor([5])
+    late, told = torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+
+    def wait() -> float:
+        began = time.monotonic()
+        exchange.wait[(1,)](flags, epoch, late, told, clock, 1_500_000_000, 3, RP=4)
+        return time.monotonic() - began
+
+    helper = threading.Timer(0.2, lambda: flags.__setitem__(1, 7))
+    helper.start()
+    assert wait() >= 0.2
+    helper.join()
+    assert not late.any()
+    epoch.fill_(8)
+    assert wait() >= 1.5
+    assert late.tolist() == told.tolist() == [8, 8, 0]
+    epoch.fill_(10)
+    assert wait() < 1.5
+    assert late.tolist() == [8, 8, 0]
