@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import triton
-from _gpu import need_gpus
+from _gpu import in_graph, need_gpus
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -43,31 +42,11 @@ PROMPTS = {"1 x 4096": [(0, 4096)], "16 x 256": [(0, 256)] * 16, "2048 after 143
 MLA_HEADS, MLA_WIDTH, MLA_ROW = (16, 128), 512, 576  # DeepSeek-V2-Lite or V3 over 8 ranks, DeepSeek-V3
 
 
-def timed(calls: Sequence[Callable[[], object]], rounds: int = 15) -> float:
-    """Microseconds of one call: all of them in one graph, the median of its replays."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(rounds):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times)
-
-
 def copy_bandwidth() -> float:
     """Bytes read and written a microsecond, by the faster of a copy and an elementwise kernel."""
     x = torch.randn(1 << 28, device="cuda")
     y = torch.empty_like(x)
-    us = min(timed([lambda: y.copy_(x)]), timed([lambda: torch.mul(x, 1.0, out=y)]))
+    us = min(in_graph([lambda: y.copy_(x)]), in_graph([lambda: torch.mul(x, 1.0, out=y)]))
     return 2 * x.nbytes / us
 
 
@@ -111,7 +90,7 @@ def decode_row(
     def ours(cache: tuple[Tensor, ...]) -> None:
         decode.decode(q, cache, block_BN, length_B, block, out, window, None, sink_H, None)
 
-    own = timed([lambda cache=cache: ours(cache) for cache in caches])
+    own = in_graph([lambda cache=cache: ours(cache) for cache in caches])
     row = {"us": own, "GB/s": size / own / 1e3, "of copy": size / own / copied}
     if window is None and not sinks:  # the others have no counterpart there
         whole = [tuple(part.view(batch, context, h, d).transpose(1, 2) for part in cache) for cache in caches]
@@ -120,7 +99,7 @@ def decode_row(
         def theirs(k: Tensor, v: Tensor) -> Tensor:
             return F.scaled_dot_product_attention(query, k, v, enable_gqa=True)
 
-        row["SDPA us"] = timed([lambda kv=kv: theirs(*kv) for kv in whole])
+        row["SDPA us"] = in_graph([lambda kv=kv: theirs(*kv) for kv in whole])
         row["SDPA / ours"] = row["SDPA us"] / own
     return row
 
@@ -138,7 +117,7 @@ def mla_rows(copied: float) -> list[Row]:
                     caches = [torch.randn(shape, dtype=DTYPE, device="cuda") for _ in range(rotated(size))]
                     q = torch.randn((batch, heads, MLA_ROW), dtype=DTYPE, device="cuda")
                     where = block_BN, length_B, block, MLA_WIDTH, 192**-0.5
-                    us = timed([lambda c=c, q=q, w=where: latent_decode.decode(q, c, *w) for c in caches])
+                    us = in_graph([lambda c=c, q=q, w=where: latent_decode.decode(q, c, *w) for c in caches])
                     work = 2 * batch * context * heads * (MLA_ROW + MLA_WIDTH) / us / 1e6
                     own = {"heads": heads, "context": context, "batch": batch, "block": block, "us": us}
                     rows.append({**own, "GB/s": size / us / 1e3, "of copy": size / us / copied, "TFLOP/s": work})
@@ -165,7 +144,7 @@ def prefill_row(
     caches = [torch.randn((2, blocks * block, h, d), dtype=DTYPE, device="cuda").unbind() for _ in range(4)]
     q = torch.randn((sum(count for _, count in spans), H, d), dtype=DTYPE, device="cuda")
     sight = Sight(window=window, sink_H=torch.randn(H, device="cuda") if sinks else None)
-    own = timed([lambda cache=cache: attend(q, cache, batch, sight) for cache in caches])
+    own = in_graph([lambda cache=cache: attend(q, cache, batch, sight) for cache in caches])
     seen = window or 1 << 30
     pairs = sum(min(position + 1, seen) for start, count in spans for position in range(start, start + count))
     row = {"us": own, "TFLOP/s": 4 * pairs * H * d / own / 1e6}
@@ -183,7 +162,7 @@ def fastest_of_torch(q: Tensor, k: Tensor, v: Tensor) -> float:
             F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
     kinds = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
-    return min(timed([lambda kind=kind: once(kind)] * 4) for kind in kinds)
+    return min(in_graph([lambda kind=kind: once(kind)] * 4) for kind in kinds)
 
 
 def prompts_of(spans: Sequence[tuple[int, int]], block: int) -> tuple[AttentionBatch, int]:
@@ -212,7 +191,7 @@ def latent_prefill_rows() -> list[Row]:
         out = torch.empty((T, H, width), dtype=DTYPE, device="cuda")
         given = q, k, v, first[:, None], first, count, count, 0, out
         calls.append(lambda given=given, shared=shared: prefill.prefill(*given, shared_k=shared))
-    own = timed(calls)
+    own = in_graph(calls)
     return [{"us": own, "TFLOP/s": T * (T + 1) * H * (n + r + width) / own / 1e6}]
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _gpu import need_gpus
+from _gpu import in_graph, need_gpus
 from torch import Tensor
 
 from nonet import plugins
@@ -27,8 +27,8 @@ from nonet.kernels.fp8 import FP8, quantize
 from nonet.moe.base import Experts, group_by_slot
 from nonet.weights.slots import BlockScales, SlotWeights
 
-DEVICE, BLOCK, CALLS, FEW, REPLAYS, CHECKED = "cuda", 128, 4, 4096, 15, 16
-BACKENDS = ("triton", "deepgemm", "flashinfer")
+DEVICE, BLOCK, CALLS, FEW, CHECKED = "cuda", 128, 4, 4096, 16
+BACKENDS = ("triton", "deepgemm")
 Found = tuple[str, Experts, SlotWeights]
 Given = tuple[Tensor, Tensor, Tensor]  # rows, slots, weights
 Layer = Callable[[Given], Tensor]
@@ -85,26 +85,6 @@ class Result:
     error: dict[str, float]  # relative, of the first rows, against float32 and dequantised weights
     parts: dict[str, float]  # of triton
     tflops: float  # of triton
-
-
-def in_graph(calls: list[Callable[[], object]]) -> float:
-    """Microseconds a call: median of replays of a graph of them all."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(REPLAYS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times)
 
 
 def ceilings() -> Ceilings:
@@ -258,7 +238,7 @@ def main() -> int:
     torch.manual_seed(0)
     machine = torch.cuda.get_device_name()
     top = ceilings()
-    print(f"{machine}, torch {torch.__version__}, triton {triton.__version__}; medians of {REPLAYS} graph replays")
+    print(f"{machine}, torch {torch.__version__}, triton {triton.__version__}; medians of graph replays")
     print(f"copy {top.copy / 1e12:.2f} TB/s; 8192^3: {top.bf16 / 1e12:,.0f} bf16, {top.fp8 / 1e12:,.0f} fp8 TFLOP/s")
     results = []
     for name in args.shapes:

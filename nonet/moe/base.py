@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nonet.comm.group import Group, Pending
 from nonet.config.fleet import Fleet
+from nonet.errors import ConfigError
 from nonet.kernels import cpu, fp8
 from nonet.kernels import triton as gpu
 from nonet.weights.slots import SlotWeights
@@ -122,6 +123,13 @@ class All2AllSpec:
     def num_slots(self) -> int:
         """Slots on this rank."""
         return self.fleet.slots_by_rank[self.group.rank]
+
+
+def check_fp8(spec: All2AllSpec) -> None:
+    """Raises ConfigError where rows cannot travel in FP8."""
+    if spec.fp8 and (spec.dtype != torch.bfloat16 or spec.hidden_size % fp8.ROW_BLOCK):
+        remedy = f"rows travel in FP8 only in bfloat16 models of a width that {fp8.ROW_BLOCK} divides"
+        raise ConfigError("fp8_dispatch", True, remedy)
 
 
 def gather_counts(group: Group, count_E: Tensor) -> Tensor:

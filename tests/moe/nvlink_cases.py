@@ -54,7 +54,7 @@ def test_passes_back_to_back(ranks: Cluster):
 def spec_of(world: World, **more: object) -> All2AllSpec:
     fleet = Fleet.even(world.size, 2 * world.size)
     given = {"top_k": 2, "hidden_size": 32, "dtype": torch.float32, "max_rows": 4, "exact": False}
-    return All2AllSpec(group=world.ep, fleet=fleet, **{**given, **more})  # type: ignore[arg-type]
+    return All2AllSpec(group=world.ep, fleet=fleet, **{**given, **more})
 
 
 def test_a_wait_ends_and_names_who_is_late():

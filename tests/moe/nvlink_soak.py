@@ -53,7 +53,7 @@ class Passes:
         x_TD, slot_TK, weight_TK = self.tokens(rows[self.rank])
         self.dawdle(3)
         sent = self.backend.dispatch(x_TD, slot_TK, weight_TK, rows).wait()
-        self.backend.poison()  # type: ignore[attr-defined]
+        self.backend.poison()
         y_ND = self.experts(sent)
         if self.faulty:
             y_ND[:, 5] += 1

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nonet.errors import ConfigError
-from nonet.moe.all2all._library import check_fp8, missing, needs_cuda
-from nonet.moe.base import All2AllSpec
+from nonet.moe.all2all._library import missing, needs_cuda
+from nonet.moe.base import All2AllSpec, check_fp8
 
 WIDTH = 128  # divides the width of the rows that its kernels move
 

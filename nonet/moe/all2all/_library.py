@@ -27,13 +27,6 @@ def needs_cuda(name: str, spec: All2AllSpec) -> None:
         raise ConfigError("all2all_backend", name, "moves GPU tensors; on CPUs use shm")
 
 
-def check_fp8(spec: All2AllSpec) -> None:
-    """Raises ConfigError where rows cannot travel in FP8."""
-    if spec.fp8 and (spec.dtype != torch.bfloat16 or spec.hidden_size % ROW_BLOCK):
-        remedy = f"rows travel in FP8 only in bfloat16 models of a width that {ROW_BLOCK} divides"
-        raise ConfigError("fp8_dispatch", True, remedy)
-
-
 def row_bytes(spec: All2AllSpec) -> int:
     """Of a row that travels, with its factors."""
     D = spec.hidden_size

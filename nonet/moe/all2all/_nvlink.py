@@ -24,7 +24,7 @@ from nonet.comm.symmetric import open_windows
 from nonet.errors import CommError, CommTimeout, ConfigError
 from nonet.kernels import triton as gpu
 from nonet.kernels.fp8 import FP8, ROW_BLOCK
-from nonet.moe.base import All2AllSpec, Dispatched, Takes, gather_counts, group_by_slot
+from nonet.moe.base import All2AllSpec, Dispatched, Takes, check_fp8, gather_counts, group_by_slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,9 +208,7 @@ def _check(spec: All2AllSpec, name: str) -> None:
         raise ConfigError("all2all_backend", name, "moves tokens between GPUs; on CPUs use shm")
     if not gpu.HAS_TRITON:
         raise ConfigError("all2all_backend", name, "needs triton; install nonet[gpu]")
-    if spec.fp8 and (spec.dtype != torch.bfloat16 or spec.hidden_size % ROW_BLOCK):
-        remedy = f"rows travel in FP8 only in bfloat16 models of a width that {ROW_BLOCK} divides"
-        raise ConfigError("fp8_dispatch", True, remedy)
+    check_fp8(spec)
 
 
 def _power(number: int) -> int:

@@ -18,9 +18,9 @@ from torch import Tensor
 from nonet.comm.group import Group, Pending
 from nonet.errors import ConfigError
 from nonet.kernels.fp8 import FP8, quantize_rows
-from nonet.moe.all2all._library import EvenIds, check_fp8, missing, needs_cuda, row_bytes
+from nonet.moe.all2all._library import EvenIds, missing, needs_cuda, row_bytes
 from nonet.moe.all2all._rows import spread_pairs, sum_spread
-from nonet.moe.base import All2All, All2AllSpec, Dispatched, Takes, gather_counts, group_by_slot
+from nonet.moe.base import All2All, All2AllSpec, Dispatched, Takes, check_fp8, gather_counts, group_by_slot
 
 NAME = "flashinfer_all2allv"
 TOP_K = (1, 2, 4, 6, 8, 10, 16, 22)  # that its kernels are compiled for; others are padded
