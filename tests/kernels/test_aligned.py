@@ -25,7 +25,7 @@ def kernels():
     from nonet.kernels.triton import aligned
 
     x, i, f, n, e = "*bf16", "*i64", "*fp32", "*i32", "*fp8e4nv"
-    how = {"ROWS": 32, "WIDE": False}
+    how = {"ROWS": 32}
     types = {"row": i, "weight": f, "start": i, "count": i, "slot_out": n, "weight_out": f, "place_out": i}
     types |= {"S": "i32", "D": "i32", "A": "i32"}
     lay = {"ROWS": 32, "ALIGN": 64, "SLOTS": 128}

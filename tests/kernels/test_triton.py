@@ -40,7 +40,7 @@ def kernels():
         yield f"gate_up_fp8-{BM}", experts_fp8._gate_up, {**ins, **outs, **ids_fp8}, tile
         yield f"down_fp8-{BM}", experts_fp8._down, {"act": e, "act_scale": f, "out": x, **ids_fp8}, {**tile, "BN": BN}
     rows = {"x": x, "out": e, "scale": f, "D": "i32"}
-    yield "quantize_rows", experts_fp8._quantize_rows, rows, {"BLOCKS": 16, "WIDE": False, "EARLY": True}
+    yield "quantize_rows", experts_fp8._quantize_rows, rows, {"BLOCKS": 16, "EARLY": True}
     sums = {"y": x, "pair": i, "weight": f, "out": x, "D": "i32"}
     yield "sum_pairs", experts._sum_pairs, sums, {"K": 8, "BD": 1024, "EARLY": True}
     chunk, pairs = {"CHUNK": 128, "SLOTS": 128, "EARLY": True}, {"P": "i32", "S": "i32"}

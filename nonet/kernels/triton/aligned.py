@@ -15,12 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nonet.kernels.fp8 import FP8, LARGEST, ROW_BLOCK, quantize_rows
-from nonet.kernels.triton import INTERPRETED
+from nonet.kernels.fp8 import FP8, ROW_BLOCK, quantize_rows
+from nonet.kernels.triton.fp8 import quantized
 
 ROWS = 32  # places of a program; `align` is a multiple of it
-_LARGEST = tl.constexpr(LARGEST)
-_LEAST = tl.constexpr(2.0**-100)  # a row of zeros still gets a factor that can be divided by
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +67,7 @@ def activate(both_A2I: Tensor, slot_A: Tensor, to_fp8: bool) -> tuple[Tensor, Te
     scale_Ai = torch.empty((width // ROW_BLOCK, A), device=both_A2I.device).t() if to_fp8 else None
     if A:
         _activate[(A // ROWS, triton.cdiv(width, ROW_BLOCK))](
-            both_A2I, slot_A, act_AI, scale_Ai, width, A, TO_FP8=to_fp8, ROWS=ROWS, BI=ROW_BLOCK, WIDE=INTERPRETED,
+            both_A2I, slot_A, act_AI, scale_Ai, width, A, TO_FP8=to_fp8, ROWS=ROWS, BI=ROW_BLOCK,
             num_warps=4,
         )  # fmt: skip
     return act_AI, scale_Ai
@@ -106,21 +104,8 @@ def _lay(
 
 
 @triton.jit
-def _in_fp8(x, WIDE: tl.constexpr):
-    """(e4m3, factors) of rows of 128 numbers in float32."""
-    factor = tl.div_rn(tl.maximum(tl.max(tl.abs(x), axis=1), _LEAST), _LARGEST)
-    x = tl.div_rn(x, factor[:, None])
-    if WIDE:  # the interpreter rounds to e4m3 wrongly where it should carry: round to its 3 bits before
-        bits = x.to(tl.int32, bitcast=True)
-        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
-        x = tl.where(tl.abs(x) < 2.0**-6, (x + 24576.0) - 24576.0, normal)
-    return x.to(tl.float8e4nv), factor
-
-
-@triton.jit
 def _activate(
     both, slot, out, out_scale, width, A, TO_FP8: tl.constexpr, ROWS: tl.constexpr, BI: tl.constexpr,
-    WIDE: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0).to(tl.int64) * ROWS
     if tl.load(slot + place) >= 0:
@@ -132,7 +117,7 @@ def _activate(
         up = tl.load(at + width, mask=mask, other=0.0).to(tl.float32)
         act = gate / (1.0 + tl.exp(-gate)) * up
         if TO_FP8:
-            act, scale = _in_fp8(act, WIDE)
+            act, scale = quantized(act)
             tl.store(out_scale + column.to(tl.int64) * A + a, scale)
         tl.store(out + a[:, None] * width + i[None, :], act.to(out.dtype.element_ty), mask=mask)
 

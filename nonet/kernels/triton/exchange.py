@@ -14,11 +14,10 @@ import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
 from nonet.kernels.triton import INTERPRETED
+from nonet.kernels.triton.fp8 import quantized
 
 CLOCK = tl.constexpr(not INTERPRETED)
 POLLS = tl.constexpr(1 if INTERPRETED else 64)  # between two looks at the clock
-FP8_LARGEST = tl.constexpr(448.0)
-FP8_LEAST = tl.constexpr(2.0**-100)
 
 
 @triton.jit
@@ -123,8 +122,7 @@ def push(
             g, j = tl.arange(0, BD // 128), tl.arange(0, 128)
             d = (piece % PARTS) * BD + g[:, None] * 128 + j[None, :]
             value = tl.load(x + t * D + d, mask=d < D, other=0.0).to(tl.float32)
-            scale = tl.div_rn(tl.maximum(tl.max(tl.abs(value), axis=1), FP8_LEAST), FP8_LARGEST)
-            value = tl.div_rn(value, tl.broadcast_to(scale[:, None], (BD // 128, 128))).to(tl.float8e4nv)
+            value, scale = quantized(value)
             part = (piece % PARTS) * (BD // 128) + g
         else:
             d = (piece % PARTS) * BD + tl.arange(0, BD)

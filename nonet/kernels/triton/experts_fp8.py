@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nonet.kernels.fp8 import FP8, LARGEST, ROW_BLOCK
+from nonet.kernels.fp8 import FP8, ROW_BLOCK
 from nonet.kernels.triton import INTERPRETED
 from nonet.kernels.triton.early import early, wait_for_the_kernel_before
+from nonet.kernels.triton.fp8 import quantized
 from nonet.kernels.triton.tiling import (
     Tile,
     at,
@@ -30,8 +31,7 @@ from nonet.kernels.triton.tiling import (
 )
 
 BLOCK = ROW_BLOCK  # of weights too
-_BLOCK, _LARGEST = tl.constexpr(BLOCK), tl.constexpr(LARGEST)
-_LEAST = tl.constexpr(2.0**-100)  # a block of zeros still gets a factor that can be divided by
+_BLOCK = tl.constexpr(BLOCK)
 
 
 def quantize_rows(x_ND: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,7 +45,7 @@ def quantize_rows(x_ND: Tensor) -> tuple[Tensor, Tensor]:
     if N:
         blocks = min(16 if N >= 64 else 1, triton.next_power_of_2(scale_Nd.shape[1]))
         grid = N, triton.cdiv(scale_Nd.shape[1], blocks)
-        _quantize_rows[grid](x_ND, out, scale_Nd, D, BLOCKS=blocks, WIDE=INTERPRETED, num_warps=4, **early(x_ND.device))
+        _quantize_rows[grid](x_ND, out, scale_Nd, D, BLOCKS=blocks, num_warps=4, **early(x_ND.device))
     return out, scale_Nd
 
 
@@ -90,25 +90,11 @@ def down(
 
 
 @triton.jit
-def _quantized(x, EXACT: tl.constexpr, WIDE: tl.constexpr):
-    """(e4m3, factors) of a tile of 128 columns; EXACT: to the last bit those of the plain form."""
-    x = x.to(tl.float32)
-    largest = tl.maximum(tl.max(tl.abs(x), axis=1), _LEAST)
-    factor = tl.div_rn(largest, _LARGEST)
-    x = tl.div_rn(x, factor[:, None]) if EXACT else x * tl.div_rn(1.0, factor)[:, None]
-    if WIDE:  # the interpreter rounds to e4m3 wrongly: do it in float32 first
-        bits = x.to(tl.int32, bitcast=True)
-        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
-        x = tl.where(tl.abs(x) < 2.0**-6, (x + 24576.0) - 24576.0, normal)
-    return x.to(tl.float8e4nv), factor
-
-
-@triton.jit
-def _quantize_rows(x, out, scale, D, BLOCKS: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr):
+def _quantize_rows(x, out, scale, D, BLOCKS: tl.constexpr, EARLY: tl.constexpr):
     wait_for_the_kernel_before(EARLY)
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     k = block[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
-    eight, factor = _quantized(tl.load(x + row * D + k, mask=k < D, other=0.0), True, WIDE)
+    eight, factor = quantized(tl.load(x + row * D + k, mask=k < D, other=0.0).to(tl.float32))
     tl.store(out + row * D + k, eight, mask=k < D)
     blocks = tl.cdiv(D, _BLOCK)
     tl.store(scale + row * blocks + block, factor, mask=block < blocks)
@@ -222,7 +208,7 @@ def _gate_up_block(
         BM, 128, BK, True, SWAP, WIDE,
     )  # fmt: skip
     act = tl.where(n[None, :] < width, gate / (1.0 + tl.exp(-gate)) * up, 0.0)
-    eight, factor = _quantized(act, False, WIDE)
+    eight, factor = quantized(act)
     pairs = (pair + m).to(tl.int64)
     tl.store(out + pairs[:, None] * width + n[None, :], eight, mask=(m[:, None] < left) & (n[None, :] < width))
     tl.store(out_scale + pairs * i + tile, factor, mask=m < left)
