@@ -36,10 +36,17 @@ def kernels():
     options = {"num_warps": 4, "num_stages": 3}, {"num_warps": 8, "num_stages": 2}
     yield "grouped", decode._spans, types, {**grouped, **both, "HAS_SINK": True}, options[0], few
     yield "latent", decode._spans, types, {**latent, **both, "HAS_SINK": False}, options[1], many
-    join = {"h": 4, "G": 8, "DIM": 128, "HAS_SINK": True, "PARTS": 16, "ROWS": 16}
+    join = {"h": 4, "G": 8, "DIM": 128, "HAS_SINK": True, "PARTS": 4, "HEADS": 4, "ROWS": 16, "EARLY": True}
     yield "join", decode._join, types, join, options[0], {90: "ex2", 100: "ex2"}
-    hopper = {"G": 128, "DIM": 512, "REST": 64, "SIZE": 16, "SLOTS": 64, "PACKS": 2}
-    yield "hopper", latent_hopper.spans, {**types, "rows": x}, hopper, {"num_warps": 4}, {90: "wgmma"}
+
+    def boxes(rows, columns):
+        return f"tensordesc<bf16[{rows}, {columns}],{latent_hopper.SHARED.value!r}>"
+
+    for size in (16, 64):
+        tables = {"queries": boxes(64, 256), "query_rests": boxes(64, 64)}
+        tables |= {"rows": boxes(size, 256), "rests": boxes(size, 64), "heads": "i32"}
+        hopper = {"G": 128, "SIZE": size, "SLOTS": 64, "PACKS": 2}
+        yield f"hopper_{size}", latent_hopper.spans, {**types, **tables}, hopper, {"num_warps": 4}, {90: "wgmma"}
 
 
 @pytest.mark.parametrize(("name", "architecture"), [(n, a) for n, *_, instructions in kernels() for a in instructions])

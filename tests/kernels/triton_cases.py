@@ -82,6 +82,7 @@ HALVES = [Tile(128, 32, 32, 8, 2, False, 0, True), Tile(128, 32, 16, 8, 2, False
 SIZES = [(11, 2, 4, 32, 32), (9, 3, 5, 40, 24), (40, 1, 2, 48, 16)]
 RUNS = [(*size, tile) for size in SIZES for tile in TILES] + [(*SIZES[0], tile) for tile in LOOPS]
 RUNS += [(90, 2, 2, 32, 32, tile) for tile in HALVES]  # one slot has more than 64 pairs, one fewer
+RUNS += [(700, 1, 2, 48, 80, TILES[1])]  # more blocks than take turns
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

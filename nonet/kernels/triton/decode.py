@@ -20,9 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 from nonet.kernels.triton import INTERPRETED
+from nonet.kernels.triton.early import early, wait_for_the_kernel_before
 
 ALL = 1 << 30  # no context is longer
 LOWEST = tl.constexpr(-1e30)  # no product is lower; not -inf, since its difference from itself is no number
+MOST_EARLY = 2112  # programs of a launch that starts early: that each of them waits costs more, with twice as many
 LOG2_E = tl.constexpr(math.log2(math.e))  # the kernels' exponentials are of base 2
 
 
@@ -109,11 +111,15 @@ def scratch(programs: int, rows: int, d: int, device: torch.device) -> tuple[Ten
 
 def join(out_BHd: Tensor, part: Tensor, top: Tensor, cut: Tensor, h: int, sink_H: Tensor | None = None) -> None:
     """The second launch: into out, of each context that several programs have a part of."""
-    _, H, d = out_BHd.shape
+    B, H, d = out_BHd.shape
     programs, _, rows, _ = part.shape
-    _join[(programs * (H // h),)](
+    parts = min(16, triton.next_power_of_2(programs // (B * h) + 2))  # of a context, where all are as long
+    heads = min(16 // parts, triton.next_power_of_2(H // h))
+    grid = programs * triton.cdiv(H // h, heads)
+    how = early(out_BHd.device) if grid <= MOST_EARLY else {"EARLY": False}
+    _join[(grid,)](
         out_BHd, part, top, cut, sink_H, *out_BHd.stride()[:2], programs, h=h, G=H // h, DIM=d,
-        HAS_SINK=sink_H is not None, PARTS=16, ROWS=rows, num_warps=4,
+        HAS_SINK=sink_H is not None, PARTS=parts, HEADS=heads, ROWS=rows, num_warps=4, **how,
     )  # fmt: skip
 
 
@@ -270,30 +276,34 @@ def _spans(
 def _join(
     out, part, top, cut, sink, out_stride, out_head, programs,
     h: tl.constexpr, G: tl.constexpr, DIM: tl.constexpr, HAS_SINK: tl.constexpr, PARTS: tl.constexpr,
-    ROWS: tl.constexpr,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """A query head of the context that is cut at a program's end, if this is its first cut."""
+    """Some query heads of the context that is cut at a program's end, if this is its first cut."""
     D: tl.constexpr = triton.next_power_of_2(DIM)
-    me, g = tl.program_id(0) // G, tl.program_id(0) % G
+    PACKS: tl.constexpr = (G + HEADS - 1) // HEADS
+    wait_for_the_kernel_before(EARLY)
+    me, g = tl.program_id(0) // PACKS, tl.program_id(0) % PACKS * HEADS + tl.arange(0, HEADS)
     which = tl.load(cut + me * 3)
     if which >= 0:
         last, place, column = tl.load(cut + me * 3 + 1), tl.load(cut + me * 3 + 2), tl.arange(0, D)
-        query = which % h * G + g
-        best, mass, sums = tl.full([], LOWEST, tl.float32), tl.zeros([], tl.float32), tl.zeros([D], tl.float32)
+        query, ours = which % h * G + g, g < G
+        best, mass = tl.full([HEADS], LOWEST, tl.float32), tl.zeros([HEADS], tl.float32)
+        sums = tl.zeros([HEADS, D], tl.float32)
         if HAS_SINK:
-            best, mass = tl.load(sink + query) * LOG2_E, mass + 1.0
+            best, mass = tl.load(sink + query, mask=ours, other=0.0) * LOG2_E, mass + 1.0
         for p in range(me, last + 1, PARTS):
             program = p + tl.arange(0, PARTS)
-            here = program <= last
-            at = (program * 2 + tl.where(program == me, place, 0)) * ROWS + g
+            here = (program <= last)[:, None] & ours[None, :]
+            at = ((program * 2 + tl.where(program == me, place, 0)) * ROWS)[:, None] + g[None, :]
             tops = tl.load(top + at, mask=here, other=LOWEST)
             masses = tl.load(top + programs * 2 * ROWS + at, mask=here, other=0.0)
-            mask = here[:, None] & (column[None, :] < DIM)
-            parts = tl.load(part + at[:, None].to(tl.int64) * DIM + column[None, :], mask=mask, other=0.0)
+            mask = here[:, :, None] & (column < DIM)[None, None, :]
+            parts = tl.load(part + at[:, :, None].to(tl.int64) * DIM + column[None, None, :], mask=mask, other=0.0)
             higher = tl.maximum(best, tl.max(tops, axis=0))
-            fade, fades = tl.exp2(best - higher), tl.exp2(tops - higher)
+            fade, fades = tl.exp2(best - higher), tl.exp2(tops - higher[None, :])
             mass = mass * fade + tl.sum(masses * fades, axis=0)
-            sums = sums * fade + tl.sum(parts * fades[:, None], axis=0)
+            sums = sums * fade[:, None] + tl.sum(parts * fades[:, :, None], axis=0)
             best = higher
-        to = out + (which // h).to(tl.int64) * out_stride + query * out_head + column
-        tl.store(to, _mean(sums, mass).to(out.dtype.element_ty), mask=column < DIM)
+        to = out + (which // h).to(tl.int64) * out_stride + query[:, None] * out_head + column[None, :]
+        mean = _mean(sums, mass[:, None])
+        tl.store(to, mean.to(out.dtype.element_ty), mask=ours[:, None] & (column < DIM)[None, :])

@@ -118,8 +118,8 @@ def _gate_up_job(
     HALVE: tl.constexpr, CLAMPED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     tiles: tl.constexpr = (width + BN - 1) // BN
-    slot, pair, left = find(job // tiles, blocks_S, BM, SLOTS)
-    weight, first = at(address, slot, x.dtype.element_ty), job % tiles * BN
+    slot, pair, left, tile = find(job, tiles, blocks_S, BM, SLOTS)
+    weight, first = at(address, slot, x.dtype.element_ty), tile * BN
     own = None if bias is None else tl.load(bias + slot).to(tl.pointer_type(x.dtype.element_ty))
     if SWAP:
         _gate_up_swapped(first, x, row, weight, own, out, pair, left, D, width, BM, BN, BK, CLAMPED, WIDE)
@@ -204,8 +204,8 @@ def _down_job(
     HALVE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     tiles: tl.constexpr = (D + BN - 1) // BN
-    slot, pair, left = find(job // tiles, blocks_S, BM, SLOTS)
-    weight, first = at(address, slot, act.dtype.element_ty), job % tiles * BN
+    slot, pair, left, tile = find(job, tiles, blocks_S, BM, SLOTS)
+    weight, first = at(address, slot, act.dtype.element_ty), tile * BN
     own = None if bias is None else tl.load(bias + slot).to(tl.pointer_type(act.dtype.element_ty))
     if SWAP or not HALVE:
         _down_block(first, act, weight, own, out, pair, left, D, width, BM, BN, BK, SWAP, WIDE)

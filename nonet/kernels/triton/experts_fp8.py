@@ -176,10 +176,9 @@ def _gate_up_job(
     WIDE: tl.constexpr,
 ):  # fmt: skip
     tiles: tl.constexpr = (width + 127) // 128
-    slot, pair, left = find(job // tiles, blocks_S, BM, SLOTS)
+    slot, pair, left, tile = find(job, tiles, blocks_S, BM, SLOTS)
     weight = at(address, slot, tl.float8e4nv)
     scale = tl.load(scale_address + slot).to(tl.pointer_type(tl.float32))
-    tile = job % tiles
     if SWAP or not HALVE:
         _gate_up_block(tile, x, x_scale, row, weight, scale, out, out_scale, pair, left, D, width, BM, BK, SWAP, WIDE)
     else:
@@ -245,8 +244,8 @@ def _down_job(
     WIDE: tl.constexpr,
 ):  # fmt: skip
     tiles: tl.constexpr = (D + BN - 1) // BN
-    slot, pair, left = find(job // tiles, blocks_S, BM, SLOTS)
-    weight, first = at(address, slot, tl.float8e4nv), job % tiles * BN
+    slot, pair, left, tile = find(job, tiles, blocks_S, BM, SLOTS)
+    weight, first = at(address, slot, tl.float8e4nv), tile * BN
     scale = tl.load(scale_address + slot).to(tl.pointer_type(tl.float32))
     if SWAP or not HALVE:
         _down_block(first, act, act_scale, weight, scale, out, pair, left, D, width, BM, BN, BK, SWAP, WIDE)

@@ -8,6 +8,9 @@ Legend: B sequences, H heads, c width of the latent, W of a row, N blocks of the
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -30,7 +33,7 @@ def decode(
     """
     B, H, W = q_BHW.shape
     out_BHc = torch.empty((B, H, width), dtype=q_BHW.dtype, device=q_BHW.device)
-    if tile is None and H > 16 and fits_hopper(q_BHW, width):
+    if tile is None and H > 16 and fits_hopper(q_BHW, width, block_size):
         _hopper(q_BHW, cache_row, block_BN, length_B, block_size, out_BHc, scale)
     else:
         tile = tile or choose(H, q_BHW.element_size())
@@ -46,9 +49,9 @@ def choose(heads: int, bytes_a_number: int) -> Tile:
     return Tile(32, 16, 4, 3, 2) if heads <= 16 else Tile(32, 64, 8, 2, 1)
 
 
-def fits_hopper(q_BHW: Tensor, width: int) -> bool:
-    """Whether `latent_hopper` is made for these rows and this GPU."""
-    wanted = q_BHW.element_size() == 2 and (width, q_BHW.shape[2]) == (512, 576)
+def fits_hopper(q_BHW: Tensor, width: int, block_size: int) -> bool:
+    """Whether `latent_hopper` is made for these rows, where they lie, and this GPU."""
+    wanted = q_BHW.element_size() == 2 and (width, q_BHW.shape[2]) == (512, 576) and block_size % 16 == 0
     return wanted and q_BHW.is_cuda and torch.cuda.get_device_capability(q_BHW.device)[0] == 9
 
 
@@ -57,17 +60,27 @@ def _hopper(
 ) -> None:
     from nonet.kernels.triton import latent_hopper as kernel
 
-    q_BHW = q_BHW.contiguous()  # copies are of 16 bytes, so strides must be multiples of them
     (B, H, W), c = q_BHW.shape, out_BHc.shape[2]
     if not B:
         return
-    assert cache_row.is_contiguous(), "rows are fetched 16 bytes at a time, one after the other"
-    packs = -(-H // kernel.H.value)
+    assert cache_row.is_contiguous(), "rows lie one after the other"
+    packs = -(-H // kernel.HEADS)
     programs = max(1, cores(q_BHW.device) // packs)
-    left = scratch(programs, packs * kernel.H.value, c, q_BHW.device)
+    left = scratch(programs, packs * kernel.HEADS, c, q_BHW.device)
+    queries = _boxes(q_BHW.contiguous().view(B * H, W), kernel.HEADS)
+    rows = _boxes(cache_row.view(-1, W), math.gcd(block_size, kernel.HEADS))
     kernel.spans[(programs * packs,)](
-        q_BHW, cache_row, block_BN, length_B, out_BHc, *left, B, block_BN.stride(0), *q_BHW.stride()[:2],
-        *out_BHc.stride()[:2], scale * LOG2_E.value, programs, G=H, DIM=c, REST=W - c, SIZE=block_size, SLOTS=slots(B),
-        PACKS=packs, num_warps=kernel.WARPS,
+        *queries, *rows, block_BN, length_B, out_BHc, *left, B, block_BN.stride(0), H, *out_BHc.stride()[:2],
+        scale * LOG2_E.value, programs, G=H, SIZE=block_size, SLOTS=slots(B), PACKS=packs, num_warps=kernel.WARPS,
     )  # fmt: skip
     join(out_BHc, *left, 1)
+
+
+def _boxes(x: Tensor, rows: int) -> Iterator[object]:
+    """[n, W] as the copy engine fetches it: so many rows of half of a value, and of what is not value."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from nonet.kernels.triton import latent_hopper as kernel
+
+    for columns in (kernel.HALF, x.shape[1] - 2 * kernel.HALF):
+        yield TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], kernel.SHARED.value)

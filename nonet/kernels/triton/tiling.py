@@ -15,6 +15,8 @@ import triton.language as tl
 
 from nonet.kernels.triton import INTERPRETED
 
+_TOGETHER = tl.constexpr(8)  # blocks of a slot that take turns
+
 
 @dataclass(frozen=True, slots=True)
 class Tile:
@@ -51,13 +53,22 @@ def count_blocks(start, count, S, BM: tl.constexpr, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def find(block, blocks_S, BM: tl.constexpr, SLOTS: tl.constexpr):
-    """(slot, its first pair in this block, its pairs from there on), by what `count_blocks` gave."""
+def find(job, tiles: tl.constexpr, blocks_S, BM: tl.constexpr, SLOTS: tl.constexpr):
+    """(slot, its first pair in this block, its pairs from there on, tile of outputs), by what `count_blocks` gave.
+
+    Some blocks of a slot take turns: programs that run side by side then read the same parts of its weight.
+    """
     number, begin, end, _ = blocks_S
-    slot = tl.sum((end <= block).to(tl.int32), axis=0)
+    slot = tl.sum((end <= job // tiles).to(tl.int32), axis=0)
     own = tl.arange(0, SLOTS) == slot
-    before = (block - tl.sum(tl.where(own, end - (number + BM - 1) // BM, 0), axis=0)) * BM
-    return slot, tl.sum(tl.where(own, begin, 0), axis=0) + before, tl.sum(tl.where(own, number, 0), axis=0) - before
+    pairs = tl.sum(tl.where(own, number, 0), axis=0)
+    blocks = (pairs + BM - 1) // BM
+    job -= (tl.sum(tl.where(own, end, 0), axis=0) - blocks) * tiles
+    first = job // (_TOGETHER * tiles) * _TOGETHER
+    job -= first * tiles
+    turns = tl.minimum(blocks - first, _TOGETHER)
+    before = (first + job % turns) * BM
+    return slot, tl.sum(tl.where(own, begin, 0), axis=0) + before, pairs - before, job // turns
 
 
 @triton.jit
