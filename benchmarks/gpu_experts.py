@@ -29,6 +29,7 @@ from nonet.weights.slots import BlockScales, SlotWeights
 
 DEVICE, BLOCK, CALLS, FEW, CHECKED = "cuda", 128, 4, 4096, 16
 BACKENDS = ("triton", "deepgemm")
+ARRIVED = "triton with rows in FP8"
 Found = tuple[str, Experts, SlotWeights]
 Given = tuple[Tensor, Tensor, Tensor]  # rows, slots, weights
 Layer = Callable[[Given], Tensor]
@@ -160,6 +161,20 @@ def grouped_mm(x_ND: Tensor, slot_NK: Tensor, weight_NK: Tensor, stacked: tuple[
     return torch.bmm(weight_NK.to(y_NKD.dtype).unsqueeze(1), y_NKD).squeeze(1)
 
 
+def of_fp8_rows(inputs: list[Given], shape: Shape, kernel: Experts, own: SlotWeights) -> Layer:
+    """The same layer where rows come in FP8, as all-to-alls send them: quantised before, once for all ranks."""
+    from nonet.kernels.triton import experts_fp8
+
+    eights = [experts_fp8.quantize_rows(x_ND) for x_ND, _, _ in inputs]
+    of = {id(given): eight for given, eight in zip(inputs, eights, strict=True)}
+
+    def layer(given: Given) -> Tensor:
+        x_ND, scale_Nd = of[id(given)]
+        return kernel(replace(group_by_slot(x_ND, *given[1:], shape.slots, None), scale_Nd=scale_Nd), own, "rows")
+
+    return layer
+
+
 def expected(x_ND: Tensor, slot_NK: Tensor, weight_NK: Tensor, weights: SlotWeights) -> Tensor:
     """Of the first rows, in float32."""
     out = torch.zeros_like(x_ND, dtype=torch.float32)
@@ -201,6 +216,8 @@ def measure(name: str, tokens: int, found: list[Found], stacked: tuple[Tensor, T
         backend: lambda given, kernel=kernel, own=own: kernel(group_by_slot(*given, shape.slots, None), own, "rows")
         for backend, kernel, own in found
     }
+    if shape.fp8:
+        layers[ARRIVED] = of_fp8_rows(inputs, shape, found[0][1], weights)
     if stacked is not None and not shape.fp8 and shape.slots == shape.experts:
         layers["grouped_mm"] = lambda given: grouped_mm(*given, stacked)
     times, errors = {}, {}

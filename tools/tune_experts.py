@@ -57,7 +57,7 @@ SHAPES = {
     "qwen3-bf16": Shape(128, 128, 2048, 768, 8, torch.bfloat16, DECODE),
     "qwen3-fp8": Shape(128, 128, 2048, 768, 8, FP8, DECODE),
     "deepseek-fp8": Shape(256, 32, 7168, 2048, 8, FP8, (32, 128, 1024, 8192, 32768)),
-    "mixtral-bf16": Shape(8, 8, 4096, 14336, 2, torch.bfloat16, (1, 8, 32, 128, 512, 4096)),
+    "mixtral-bf16": Shape(8, 8, 4096, 14336, 2, torch.bfloat16, (1, 8, 32, 128, 256, 512, 4096)),
 }
 
 
