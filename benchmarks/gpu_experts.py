@@ -162,7 +162,7 @@ def grouped_mm(x_ND: Tensor, slot_NK: Tensor, weight_NK: Tensor, stacked: tuple[
 
 
 def of_fp8_rows(inputs: list[Given], shape: Shape, kernel: Experts, own: SlotWeights) -> Layer:
-    """The same layer where rows come in FP8, as all-to-alls send them: quantised before, once for all ranks."""
+    """The same layer where rows come in FP8, as all-to-alls send them: by the sender, outside of what is timed."""
     from nonet.kernels.triton import experts_fp8
 
     eights = [experts_fp8.quantize_rows(x_ND) for x_ND, _, _ in inputs]

@@ -165,9 +165,9 @@ def test_models(shape, dtype):
 
 @pytest.mark.skipif(INTERPRETED, reason="too much for the interpreter")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("H", [8, 16, 32, 64, 128])
+@pytest.mark.parametrize("H", [8, 16, 20, 64, 96, 128])
 def test_latent_models(H, dtype):
-    for block_size in (16, 48, 64, 128):
+    for block_size in (16, 32, 48, 64, 192):
         latent([2048, 1, 0, 777, 300, 4096, 64, 65], H, (512, 64), dtype, None, block_size)
 
 

@@ -42,7 +42,7 @@ def kernels():
     def boxes(rows, columns):
         return f"tensordesc<bf16[{rows}, {columns}],{latent_hopper.SHARED.value!r}>"
 
-    for size in (16, 64):
+    for size in (16, 32, 64):
         tables = {"queries": boxes(64, 256), "query_rests": boxes(64, 64)}
         tables |= {"rows": boxes(size, 256), "rests": boxes(size, 64), "heads": "i32"}
         hopper = {"G": 128, "SIZE": size, "SLOTS": 64, "PACKS": 2}

@@ -24,7 +24,7 @@ from nonet.kernels.triton.early import early, wait_for_the_kernel_before
 
 ALL = 1 << 30  # no context is longer
 LOWEST = tl.constexpr(-1e30)  # no product is lower; not -inf, since its difference from itself is no number
-MOST_EARLY = 2112  # programs of a launch that starts early: that each of them waits costs more, with twice as many
+MOST_EARLY = 16  # programs a multiprocessor: the waits of twice as many cost more than an early start gains
 LOG2_E = tl.constexpr(math.log2(math.e))  # the kernels' exponentials are of base 2
 
 
@@ -116,7 +116,7 @@ def join(out_BHd: Tensor, part: Tensor, top: Tensor, cut: Tensor, h: int, sink_H
     parts = min(16, triton.next_power_of_2(programs // (B * h) + 2))  # of a context, where all are as long
     heads = min(16 // parts, triton.next_power_of_2(H // h))
     grid = programs * triton.cdiv(H // h, heads)
-    how = early(out_BHd.device) if grid <= MOST_EARLY else {"EARLY": False}
+    how = early(out_BHd.device) if grid <= MOST_EARLY * cores(out_BHd.device) else {"EARLY": False}
     _join[(grid,)](
         out_BHd, part, top, cut, sink_H, *out_BHd.stride()[:2], programs, h=h, G=H // h, DIM=d,
         HAS_SINK=sink_H is not None, PARTS=parts, HEADS=heads, ROWS=rows, num_warps=4, **how,

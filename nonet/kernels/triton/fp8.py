@@ -23,5 +23,6 @@ def quantized(x):
     if _WIDE:  # the interpreter rounds to e4m3 wrongly where it should carry: round to its 3 bits before
         bits = x.to(tl.int32, bitcast=True)
         normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
-        x = tl.where(tl.abs(x) < 2.0**-6, (x + 24576.0) - 24576.0, normal)
+        small = ((tl.abs(x) + 24576.0) - 24576.0).to(tl.int32, bitcast=True) | (bits & -0x80000000)
+        x = tl.where(tl.abs(x) < 2.0**-6, small.to(tl.float32, bitcast=True), normal)
     return x.to(tl.float8e4nv), factor
