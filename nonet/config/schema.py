@@ -62,7 +62,9 @@ class ParallelConfig(Section):
 
 
 class CacheConfig(Section):
-    block_size: int = Field(16, ge=1, description="Tokens in one block of the KV cache.")
+    block_size: int = Field(
+        16, ge=1, description="Tokens in one block of the KV cache. With latent attention on GPUs 64 is faster."
+    )
     num_blocks: int | None = Field(
         None, ge=1, description="Blocks of the KV cache on each rank. Default: what the memory settings allow."
     )
