@@ -163,7 +163,7 @@ def one(world: World, backend: Nvlink, lookup: Even, shape: Shape, T: int) -> di
     return times
 
 
-def table(found: list[dict[str, Any]], shape: Shape, ranks: int) -> list[str]:
+def table(found: list[dict[str, Any]], shape: Shape) -> list[str]:
     """Lines of text. The raw kernels and NCCL are measured once for each T."""
     peers = {row["T"]: row for row in found if "nccl" in row}
     lines = [f"{'T':>5} {'backend':27} {'dispatch':13} {'combine':13} link, GB/s   of raw       NCCL / ours"]
@@ -200,7 +200,7 @@ def main() -> int:
     print(
         f"{arguments.ranks} x {torch.cuda.get_device_name(0)}, {versions}; hidden {shape.hidden}, top-{shape.top_k}, us"
     )
-    print("\n".join(table(found, shape, arguments.ranks)))
+    print("\n".join(table(found, shape)))
     if arguments.json:
         arguments.json.write_text(json.dumps({"versions": versions, "shape": vars(shape), "rows": found}, indent=1))
     return 0

@@ -13,7 +13,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,41 +25,18 @@ from nonet import plugins
 from nonet.errors import NonetError
 from nonet.kernels.fp8 import FP8, quantize
 from nonet.moe.base import Experts, group_by_slot
+from nonet.testing.expert_layers import SHAPES, Given, Shape, routed
 from nonet.weights.slots import BlockScales, SlotWeights
 
 DEVICE, BLOCK, CALLS, FEW, CHECKED = "cuda", 128, 4, 4096, 16
 BACKENDS = ("triton", "deepgemm")
 ARRIVED = "triton with rows in FP8"
 Found = tuple[str, Experts, SlotWeights]
-Given = tuple[Tensor, Tensor, Tensor]  # rows, slots, weights
 Layer = Callable[[Given], Tensor]
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Experts of one layer on one rank: the first `slots` of `experts`; the rows are those that need any of them."""
-
-    experts: int
-    slots: int
-    hidden: int
-    width: int
-    top_k: int
-    fp8: bool
-    tokens: tuple[int, ...]
-    recorded: dict[int, float] = field(default_factory=dict)  # vLLM 0.24.0, us
-
-
-DECODE = (1, 8, 32, 64, 256, 1024, 4096, 8192)
-SHAPES = {
-    "qwen3-bf16": Shape(
-        128, 128, 2048, 768, 8, False, DECODE, dict(zip(DECODE, (39, 181, 364, 416, 448, 528, 886, 1608), strict=True))
-    ),
-    "qwen3-fp8": Shape(
-        128, 128, 2048, 768, 8, True, DECODE, dict(zip(DECODE, (37, 118, 209, 236, 268, 347, 873, 1663), strict=True))
-    ),
-    "deepseek-fp8": Shape(256, 32, 7168, 2048, 8, True, (128, 1024, 8192, 32768)),
-    "mixtral-bf16": Shape(8, 8, 4096, 14336, 2, False, (1, 32, 256, 4096)),
-}
+_VLLM = {"qwen3-bf16": (39, 181, 364, 416, 448, 528, 886, 1608), "qwen3-fp8": (37, 118, 209, 236, 268, 347, 873, 1663)}
+RECORDED = {name: dict(zip(SHAPES[name].tokens, us, strict=True)) for name, us in _VLLM.items()}  # vLLM 0.24.0
 
 
 @dataclass(frozen=True)
@@ -115,15 +92,6 @@ def weights_of(shape: Shape) -> SlotWeights:
             gate_up[s], down[s] = both.bfloat16(), back.bfloat16()
     scales = BlockScales(tuple(gate_up_scale), tuple(down_scale), BLOCK) if shape.fp8 else None
     return SlotWeights(tuple(gate_up), tuple(down), scales=scales)
-
-
-def routed(shape: Shape, tokens: int) -> Given:
-    """(x_ND, slot_NK, weight_NK): each token's experts at random; rows with none of this rank's slots do not come."""
-    slot_TK = torch.rand((tokens, shape.experts), device=DEVICE).topk(shape.top_k, 1).indices
-    slot_TK = torch.where(slot_TK < shape.slots, slot_TK, -1)
-    slot_NK = slot_TK[(slot_TK >= 0).any(1)]
-    N = len(slot_NK)
-    return torch.randn((N, shape.hidden), device=DEVICE).bfloat16(), slot_NK, torch.rand(slot_NK.shape, device=DEVICE)
 
 
 def adjoining(weights: SlotWeights) -> SlotWeights:
@@ -206,7 +174,7 @@ def measure(name: str, tokens: int, found: list[Found], stacked: tuple[Tensor, T
     """Calls of one graph have different routings while experts' weights could stay in the cache."""
     torch.manual_seed(tokens)
     shape, weights = SHAPES[name], found[0][2]
-    inputs = [routed(shape, tokens) for _ in range(CALLS if tokens < FEW else 1)]
+    inputs = [routed(shape, tokens, DEVICE) for _ in range(CALLS if tokens < FEW else 1)]
     counts = [group_by_slot(*given, shape.slots, None).count_S for given in inputs]
     pairs = statistics.mean(int(count_S.sum()) for count_S in counts)
     used = statistics.mean(int((count_S > 0).sum()) for count_S in counts)
@@ -227,7 +195,7 @@ def measure(name: str, tokens: int, found: list[Found], stacked: tuple[Tensor, T
     per_expert, rate = 3 * shape.hidden * shape.width, top.fp8 if shape.fp8 else top.bf16
     floor = max(used * per_expert * (1 if shape.fp8 else 2) / top.copy, 2 * per_expert * pairs / rate) * 1e6
     tflops = 2 * per_expert * pairs / times["triton"] / 1e6
-    rows, recorded = len(inputs[0][0]), shape.recorded.get(tokens)
+    rows, recorded = len(inputs[0][0]), RECORDED.get(name, {}).get(tokens)
     return Result(name, tokens, rows, pairs, used, floor, recorded, times, errors, parts_of(shape, inputs), tflops)
 
 

@@ -14,7 +14,7 @@ import statistics
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -27,50 +27,29 @@ from nonet.kernels.triton.tiling import Tile
 from nonet.kernels.triton.tuned import Bucket, Layer
 from nonet.moe.base import group_by_slot
 from nonet.moe.experts.triton import TritonExperts, tiles
+from nonet.testing.expert_layers import SHAPES, Given, Shape, routed
 from nonet.weights.slots import BlockScales, SlotWeights
 
 DEVICE, BLOCK, ROUTINGS, REPLAYS = "cuda", 128, 4, 11
 Pair = tuple[Tile, Tile]
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Experts of one rank: the first `slots` of `experts`."""
-
-    experts: int
-    slots: int
-    hidden: int
-    width: int
-    top_k: int
-    dtype: torch.dtype
-    tokens: tuple[int, ...]
-
-    @property
-    def pairs_a_slot(self) -> dict[int, float]:
-        """By tokens, as callers count: all pairs of the rows that need any of these slots, here and elsewhere."""
-        come = 1 - (1 - self.slots / self.experts) ** self.top_k
-        return {T: T * come * self.top_k / self.slots for T in self.tokens}
-
-
-DECODE = (1, 8, 32, 64, 256, 1024, 4096, 8192)
-SHAPES = {
-    "qwen3-bf16": Shape(128, 128, 2048, 768, 8, torch.bfloat16, DECODE),
-    "qwen3-fp8": Shape(128, 128, 2048, 768, 8, FP8, DECODE),
-    "deepseek-fp8": Shape(256, 32, 7168, 2048, 8, FP8, (32, 128, 1024, 8192, 32768)),
-    "mixtral-bf16": Shape(8, 8, 4096, 14336, 2, torch.bfloat16, (1, 8, 32, 128, 256, 512, 4096)),
-}
+def pairs_a_slot(shape: Shape) -> dict[int, float]:
+    """By tokens, as callers count: all pairs of the rows that need any of these slots, here and elsewhere."""
+    come = 1 - (1 - shape.slots / shape.experts) ** shape.top_k
+    return {T: T * come * shape.top_k / shape.slots for T in shape.tokens}
 
 
 def candidates(shape: Shape, tokens: int) -> tuple[list[Tile], list[Tile]]:
     """Of gate_up and of down."""
     gate_up, down, dtype = [], [], shape.dtype
-    pairs_a_slot = tokens * shape.top_k / shape.experts  # those that are here
-    if pairs_a_slot < 100:
-        for BM in [16] if pairs_a_slot < 6 else [16, 32] if pairs_a_slot < 24 else [32, 64]:
+    here = tokens * shape.top_k / shape.experts  # those that are here
+    if here < 100:
+        for BM in [16] if here < 6 else [16, 32] if here < 24 else [32, 64]:
             first, second = FEW_FP8 if dtype == FP8 else FEW
             gate_up += [Tile(BM, *rest, True) for rest in first]
             down += [Tile(BM, *rest, True) for rest in second]
-    if pairs_a_slot > 24:
+    if here > 24:
         first, second = MANY_FP8 if dtype == FP8 else MANY
         gate_up += [Tile(*rest, False, each, halve) for *rest, each, halve in first]
         down += [Tile(*rest, False, each, halve) for *rest, each, halve in second]
@@ -130,15 +109,6 @@ def weights_of(shape: Shape, filled: bool) -> SlotWeights:
     return SlotWeights(gate_up, down, scales=BlockScales((scales[0],) * shape.slots, (scales[1],) * shape.slots, BLOCK))
 
 
-def routed(shape: Shape, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(x_ND, slot_NK, weight_NK): each token's experts at random; rows with none of this rank's slots do not come."""
-    slot_TK = torch.rand((tokens, shape.experts), device=DEVICE).topk(shape.top_k, 1).indices
-    slot_TK = torch.where(slot_TK < shape.slots, slot_TK, -1)
-    slot_NK = slot_TK[(slot_TK >= 0).any(1)]
-    x_ND = torch.randn((len(slot_NK), shape.hidden), device=DEVICE, dtype=torch.bfloat16)
-    return x_ND, slot_NK, torch.rand(slot_NK.shape, device=DEVICE)
-
-
 def kernel_of(shape: Shape, pair: Pair) -> TritonExperts:
     """With these tiles for any number of pairs."""
     name = str(shape.dtype).removeprefix("torch.")
@@ -158,7 +128,7 @@ def compile_pair(shape: Shape, pair: Pair) -> str | None:
     return None
 
 
-def microseconds(shape: Shape, weights: SlotWeights, inputs: list[tuple[Tensor, Tensor, Tensor]], pair: Pair) -> float:
+def microseconds(shape: Shape, weights: SlotWeights, inputs: list[Given], pair: Pair) -> float:
     """Of a layer in a graph over all inputs: median of replays."""
     kernel = kernel_of(shape, pair)
 
@@ -183,10 +153,10 @@ def microseconds(shape: Shape, weights: SlotWeights, inputs: list[tuple[Tensor, 
 
 def tune(name: str, shape: Shape, usable: set[tuple[str, int, Tile]]) -> Layer:
     weights, buckets = weights_of(shape, filled=True), []
-    for tokens, pairs_a_slot in shape.pairs_a_slot.items():
+    for tokens, pairs in pairs_a_slot(shape).items():
         torch.manual_seed(tokens)
-        inputs = [routed(shape, tokens) for _ in range(ROUTINGS if tokens < 4096 else 1)]
-        best = tiles(pairs_a_slot, shape.dtype)
+        inputs = [routed(shape, tokens, DEVICE) for _ in range(ROUTINGS if tokens < 4096 else 1)]
+        best = tiles(pairs, shape.dtype)
         rule = time = microseconds(shape, weights, inputs, best)
         for which, options in enumerate(candidates(shape, tokens)):
             tried = []
@@ -198,8 +168,8 @@ def tune(name: str, shape: Shape, usable: set[tuple[str, int, Tile]]) -> Layer:
             if tried and tried[0][0] < time:
                 time, best = tried[0]
             print(f"  {('gate_up', 'down')[which]}", *(f"{t:,.1f} {_short(p[which])}" for t, p in tried[:5]), sep=" | ")
-        print(f"{name} {tokens} tokens, {pairs_a_slot:g} pairs a slot: {time:,.1f} us (rule {rule:,.1f})", flush=True)
-        buckets.append(Bucket(pairs_a_slot, *best))
+        print(f"{name} {tokens} tokens, {pairs:g} pairs a slot: {time:,.1f} us (rule {rule:,.1f})", flush=True)
+        buckets.append(Bucket(pairs, *best))
     dtype = str(shape.dtype).removeprefix("torch.")
     return Layer(shape.slots, shape.hidden, shape.width, dtype, tuple(buckets))
 

@@ -14,7 +14,7 @@ from nonet.kernels import cpu
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0  # that e4m3 holds
-_LEAST = 2.0**-100  # a block of zeros still gets a factor that can be divided by
+LEAST = 2.0**-100  # a block of zeros still gets a factor that can be divided by
 
 
 def quantize(weight_NK: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -102,4 +102,4 @@ def dequantize_rows(x_ND: Tensor, scale_Nd: Tensor, dtype: torch.dtype) -> Tenso
 
 def _factor(largest: Tensor) -> Tensor:
     """By a tensor: on GPUs PyTorch divides by a number as it multiplies by the inverse, a last bit off."""
-    return largest.clamp(min=_LEAST) / largest.new_full((), LARGEST)
+    return largest.clamp(min=LEAST) / largest.new_full((), LARGEST)

@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from nonet.kernels.triton import tuned  # noqa: E402
 from nonet.kernels.triton.tiling import Tile  # noqa: E402
 from nonet.kernels.triton.tuned import Bucket, Layer  # noqa: E402
+from nonet.testing.expert_layers import SHAPES, routed  # noqa: E402
 
 SHIPPED = sorted(tuned.FOLDER.glob("*.json"))
 SMALL, LARGE = Tile(16, 64, 128, 4, 3, True), Tile(128, 128, 64, 8, 4, False, 1, True)
@@ -32,6 +33,20 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
     tuned.path("Some GPU/8", tmp_path).write_text(json.dumps({"layers": [entry]}))
     assert (tmp_path / "Some_GPU_8.json").exists()
     assert tuned.load("Some GPU/8", tmp_path) == (layer,)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_layers_that_are_measured_have_a_table(name):
+    shape, table = SHAPES[name], tuned.load("NVIDIA H100 80GB HBM3")
+    dtype = str(shape.dtype).removeprefix("torch.")
+    layer = tuned.find(table, shape.slots, shape.hidden, shape.width, dtype)
+    assert layer is not None
+    assert len(layer.buckets) >= len(shape.tokens)
+    x_ND, slot_NK, weight_NK = routed(shape, 8, "cpu")
+    assert x_ND.shape == (len(slot_NK), shape.hidden)
+    assert slot_NK.shape == weight_NK.shape == (len(slot_NK), shape.top_k)
+    assert (slot_NK.amax(1) >= 0).all(), "rows without any of the slots do not come"
+    assert slot_NK.max() < shape.slots
 
 
 def test_an_unknown_device_or_shape_has_none(tmp_path):

@@ -58,12 +58,12 @@ def decode(
     window, chunk, sink_H (float32) and scale are those of `layers.attention.Sight`.
     """
     keys, values = cache
-    h, d = keys.shape[1], keys.shape[2]
-    tile = tile or choose(q_BHd.shape[1] // h, d, q_BHd.element_size())
+    d = keys.shape[2]
+    tile = tile or choose(d, q_BHd.element_size())
     run(q_BHd, keys, values, block_BN, length_B, block_size, out_BHd, d, 0, window, chunk, sink_H, scale, tile)
 
 
-def choose(group: int, d: int, bytes_a_number: int) -> Tile:
+def choose(d: int, bytes_a_number: int) -> Tile:
     """Fastest on an H100; a tile of keys or values is 16 KB at most, lest stages do not fit."""
     BN = max(16, min(64, (16384 // (bytes_a_number * triton.next_power_of_2(d)))))
     return Tile(BN, 64, 4, 3, 2)

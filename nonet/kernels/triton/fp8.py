@@ -8,10 +8,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nonet.kernels.fp8 import LARGEST
+from nonet.kernels.fp8 import LARGEST, LEAST
 from nonet.kernels.triton import INTERPRETED
 
-_LARGEST, _LEAST = tl.constexpr(LARGEST), tl.constexpr(2.0**-100)
+_LARGEST, _LEAST = tl.constexpr(LARGEST), tl.constexpr(LEAST)
 _WIDE = tl.constexpr(INTERPRETED)
 
 
