@@ -1,9 +1,9 @@
-"""How near attention on one GPU comes to what memory and tensor cores allow, with PyTorch's own beside it in one run.
+"""How near attention on one GPU comes to what memory and tensor cores allow, with peers beside it in one run: PyTorch's
+own and, where it is installed, FlashInfer, planned beforehand.
 
 Decoding: bytes of keys and values read once, by time, as a share of the bytes a copy moves (read and written) in this
 run. Prompts: operations by time. All in CUDA graphs, each call on the next of several caches, so that none lies in the
-GPU's own cache. Run: python benchmarks/gpu_attention.py
-[--only decode|mla|prefill] [--json FILE]
+GPU's own cache. Run: python benchmarks/gpu_attention.py [--only decode|mla|prefill] [--json FILE]
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,9 @@ MODELS = (
 BATCHES, CONTEXTS, BLOCKS = (1, 16, 32, 64, 256), (2048, 8192), (16, 64)
 PROMPTS = {"1 x 4096": [(0, 4096)], "16 x 256": [(0, 256)] * 16, "2048 after 14336": [(14336, 2048)]}
 MLA_HEADS, MLA_WIDTH, MLA_ROW = (16, 128), 512, 576  # DeepSeek-V2-Lite or V3 over 8 ranks, DeepSeek-V3
+MLA_SCALE = 192**-0.5
+FLASHINFER = find_spec("flashinfer") is not None
+MOST_OFF = 2e-2  # of the largest number: a peer that is further off computes something else
 
 
 def copy_bandwidth() -> float:
@@ -60,6 +66,41 @@ def paged(batch: int, context: int, block: int, device: str = "cuda") -> tuple[T
 def rotated(size: int) -> int:
     """How many caches of so many bytes a graph's calls take turns on."""
     return min(64, max(2, -(-ROTATED // size)))
+
+
+@cache
+def builder(block: int, backend: str) -> BatchBuilder:
+    return BatchBuilder(block, 0, 1, torch.device("cuda"), backend)
+
+
+def step_of(spans: Sequence[tuple[int, int]], block: int, backend: str = "triton") -> tuple[AttentionBatch, int]:
+    """A step's batch of (tokens before, new tokens), over blocks that lie anywhere, and how many these are."""
+    used = [-(-(start + count) // block) for start, count in spans]
+    order = iter(torch.randperm(sum(used), generator=torch.Generator().manual_seed(0)).tolist())
+    tokens = sum(count for _, count in spans)
+    step = StepBatch(
+        tokens=[0] * tokens,
+        starts=[start for start, _ in spans],
+        counts=[count for _, count in spans],
+        blocks=[[next(order) for _ in range(count)] for count in used],
+    )
+    return builder(block, backend).build(step, [tokens]).attention, sum(used)
+
+
+def by_flashinfer(
+    row: Row, q: Tensor, caches: Sequence[tuple[Tensor, ...]], spans: Sequence[tuple[int, int]], block: int
+) -> Row:
+    """FlashInfer's columns, through nonet's adapter: the same steps, with the same blocks."""
+    ours, batch = (step_of(spans, block, backend)[0] for backend in ("triton", "flashinfer"))
+    same(attend(q, caches[0], batch), attend(q, caches[0], ours))
+    us = in_graph([lambda cache=cache: attend(q, cache, batch) for cache in caches])
+    return {"FlashInfer us": us, "FlashInfer / ours": us / row["us"]}
+
+
+def same(theirs: Tensor, ours: Tensor) -> None:
+    off = float((theirs.float() - ours.float()).abs().max() / ours.float().abs().max())
+    if not off <= MOST_OFF:
+        sys.exit(f"gpu_attention.py: a peer's answer is off by {off:.1e} of the largest number")
 
 
 def decode_rows(copied: float) -> list[Row]:
@@ -101,6 +142,8 @@ def decode_row(
 
         row["SDPA us"] = in_graph([lambda kv=kv: theirs(*kv) for kv in whole])
         row["SDPA / ours"] = row["SDPA us"] / own
+        if FLASHINFER:
+            row |= by_flashinfer(row, q, caches, [(context - 1, 1)] * batch, block)
     return row
 
 
@@ -116,12 +159,35 @@ def mla_rows(copied: float) -> list[Row]:
                     shape = (batch * context, 1, MLA_ROW)
                     caches = [torch.randn(shape, dtype=DTYPE, device="cuda") for _ in range(rotated(size))]
                     q = torch.randn((batch, heads, MLA_ROW), dtype=DTYPE, device="cuda")
-                    where = block_BN, length_B, block, MLA_WIDTH, 192**-0.5
+                    where = block_BN, length_B, block, MLA_WIDTH, MLA_SCALE
                     us = in_graph([lambda c=c, q=q, w=where: latent_decode.decode(q, c, *w) for c in caches])
                     work = 2 * batch * context * heads * (MLA_ROW + MLA_WIDTH) / us / 1e6
-                    own = {"heads": heads, "context": context, "batch": batch, "block": block, "us": us}
-                    rows.append({**own, "GB/s": size / us / 1e3, "of copy": size / us / copied, "TFLOP/s": work})
+                    row: Row = {"heads": heads, "context": context, "batch": batch, "block": block, "us": us}
+                    row |= {"GB/s": size / us / 1e3, "of copy": size / us / copied, "TFLOP/s": work}
+                    if FLASHINFER:
+                        row |= mla_by_flashinfer(row, q, caches, where)
+                    rows.append(row)
     return rows
+
+
+def mla_by_flashinfer(row: Row, q: Tensor, caches: Sequence[Tensor], where: tuple[Any, ...]) -> Row:
+    """FlashInfer's columns. nonet has no adapter to this wrapper."""
+    import flashinfer
+
+    B, H, _ = q.shape
+    block_BN, length_B, block, *_ = where
+    space = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda")
+    wrapper = flashinfer.mla.BatchMLAPagedAttentionWrapper(space)
+    row_B1 = torch.arange(B + 1, dtype=torch.int32)
+    blocks = row_B1 * block_BN.shape[1], block_BN.flatten().int(), length_B.int().cpu()
+    shape = H, MLA_WIDTH, MLA_ROW - MLA_WIDTH, block
+    wrapper.plan(row_B1, *blocks, *shape, False, MLA_SCALE, DTYPE, DTYPE)
+    pages = [cache.view(-1, block, MLA_ROW).split((MLA_WIDTH, MLA_ROW - MLA_WIDTH), dim=2) for cache in caches]
+    halves = q.split((MLA_WIDTH, MLA_ROW - MLA_WIDTH), dim=2)
+    out = torch.empty((B, H, MLA_WIDTH), dtype=DTYPE, device="cuda")
+    same(wrapper.run(*halves, *pages[0], out=out), latent_decode.decode(q, caches[0], *where))
+    us = in_graph([lambda own=own: wrapper.run(*halves, *own, out=out) for own in pages])
+    return {"FlashInfer us": us, "FlashInfer / ours": us / row["us"]}
 
 
 def prefill_rows() -> list[Row]:
@@ -140,7 +206,7 @@ def prefill_row(
     shape: tuple[int, int, int], spans: Sequence[tuple[int, int]], block: int, window: int | None, sinks: bool
 ) -> Row:
     H, h, d = shape
-    batch, blocks = prompts_of(spans, block)
+    batch, blocks = step_of(spans, block)
     caches = [torch.randn((2, blocks * block, h, d), dtype=DTYPE, device="cuda").unbind() for _ in range(4)]
     q = torch.randn((sum(count for _, count in spans), H, d), dtype=DTYPE, device="cuda")
     sight = Sight(window=window, sink_H=torch.randn(H, device="cuda") if sinks else None)
@@ -153,6 +219,8 @@ def prefill_row(
         query = q.view(len(spans), -1, H, d).transpose(1, 2)
         row["PyTorch us"] = fastest_of_torch(query, *whole)
         row["PyTorch / ours"] = row["PyTorch us"] / own
+    if window is None and not sinks and FLASHINFER:
+        row |= by_flashinfer(row, q, caches, spans, block)
     return row
 
 
@@ -163,20 +231,6 @@ def fastest_of_torch(q: Tensor, k: Tensor, v: Tensor) -> float:
 
     kinds = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
     return min(in_graph([lambda kind=kind: once(kind)] * 4) for kind in kinds)
-
-
-def prompts_of(spans: Sequence[tuple[int, int]], block: int) -> tuple[AttentionBatch, int]:
-    """A step's batch of (tokens before, new tokens), over blocks that lie anywhere, and how many these are."""
-    used = [-(-(start + count) // block) for start, count in spans]
-    order = iter(torch.randperm(sum(used)).tolist())
-    tokens = sum(count for _, count in spans)
-    step = StepBatch(
-        tokens=[0] * tokens,
-        starts=[start for start, _ in spans],
-        counts=[count for _, count in spans],
-        blocks=[[next(order) for _ in range(count)] for count in used],
-    )
-    return BatchBuilder(block, 0, 1, torch.device("cuda"), "triton").build(step, [tokens]).attention, sum(used)
 
 
 def latent_prefill_rows() -> list[Row]:
@@ -214,6 +268,8 @@ def main() -> int:
     torch.manual_seed(0)
     copied = copy_bandwidth()
     versions = {"torch": torch.__version__, "triton": triton.__version__}
+    if FLASHINFER:
+        versions["flashinfer"] = version("flashinfer-python")
     header = {"device": torch.cuda.get_device_name(), **versions, "copy GB/s": round(copied / 1e3)}
     print(", ".join(f"{name} {value}" for name, value in header.items()))
     tables: dict[str, Callable[[], list[Row]]] = {

@@ -117,18 +117,36 @@ def _model(config: EngineConfig, spec: ModelSpec) -> ModelConfig:
     tokenizer = model.tokenizer or str(spec.folder)
     needs_code(Path(tokenizer), model.trust_remote_code)  # what it refuses it refuses before weights are read
     update = {"dtype": dtype, "max_model_len": length, "tokenizer": tokenizer, "model": str(spec.folder)}
-    return model.model_copy(update={**update, "attention_backend": _attention(config)})
+    return model.model_copy(update={**update, "attention_backend": _attention(config, spec, dtype)})
 
 
-def _attention(config: EngineConfig) -> str:
+def _attention(config: EngineConfig, spec: ModelSpec, dtype: str) -> str:
     name, on_gpus = config.model.attention_backend, config.parallel.device == "cuda"
     if name == "auto":
         return "triton" if on_gpus and find_spec("triton") is not None else "reference"
-    if name == "triton" and not on_gpus:
-        raise ConfigError("attention_backend", name, "runs on GPUs; use auto or reference")
-    if name == "triton" and find_spec("triton") is None:
-        raise ConfigError("attention_backend", name, "the package triton is not installed; use auto or reference")
+    problem = None
+    if name != "reference" and not on_gpus:
+        problem = "runs on GPUs"
+    elif name != "reference" and find_spec(name) is None:
+        problem = f"the package {name} is not installed"
+    elif name == "flashinfer":
+        problem = _beyond_flashinfer(spec, dtype)
+    if problem:
+        raise ConfigError("attention_backend", name, f"{problem}; use auto or reference")
     return name
+
+
+def _beyond_flashinfer(spec: ModelSpec, dtype: str) -> str | None:
+    """What of the model's attention the adapter (layers/attention_flashinfer.py) has no kernel for."""
+    if spec.kv_lora_rank:
+        return "is not used for multi-head latent attention"
+    if spec.raw.get("attention_chunk_size") or spec.raw.get("model_type") == "gpt_oss":
+        return "has no chunks and no sinks, which the model needs"
+    if dtype == "float32":
+        return "has no kernels for float32"
+    if spec.head_dim not in (64, 128, 256):
+        return f"has kernels for heads of 64, 128 and 256 numbers, the model's have {spec.head_dim}"
+    return None
 
 
 def _schedule(config: EngineConfig) -> ScheduleConfig:

@@ -17,6 +17,7 @@ from nonet.errors import ConfigError
 ATTENTION_BACKENDS = {
     "TRITON_ATTN": "triton",
     "TRITON_MLA": "triton",
+    "FLASHINFER": "flashinfer",
     "TORCH_SDPA": "reference",
 }
 
@@ -40,10 +41,10 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Type of weights and activations. auto: the checkpoint's."
     )
-    attention_backend: Annotated[Literal["auto", "reference", "triton"], BeforeValidator(_ours)] = Field(
+    attention_backend: Annotated[Literal["auto", "reference", "triton", "flashinfer"], BeforeValidator(_ours)] = Field(
         "auto",
-        description="What computes attention. triton: kernels for GPUs. reference: PyTorch, on CPUs with compiled "
-        "kernels beside it. Also VLLM_ATTENTION_BACKEND.",
+        description="What computes attention. triton: kernels for GPUs. flashinfer: that library, if installed. "
+        "reference: PyTorch, on CPUs with compiled kernels beside it. Also VLLM_ATTENTION_BACKEND.",
     )
     max_model_len: int | None = Field(
         None, ge=1, description="Longest prompt + output in tokens. Default: the model's own limit."

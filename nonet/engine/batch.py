@@ -7,16 +7,20 @@ P prompts, D tokens of a dummy pass, N blocks of the longest context.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from nonet.config.fleet import split_evenly
 from nonet.engine.messages import StepBatch
-from nonet.layers.attention import AttentionBatch, Prefill, Prompts
+from nonet.layers.attention import AttentionBatch, LibraryStep, Prefill, Prompts
 from nonet.models.base import Batch, ep_rows
 from nonet.moe.layer import MoeBatch
 from nonet.schedule.scheduler import Scheduled
+
+if TYPE_CHECKING:
+    from nonet.layers.attention_flashinfer import FlashInfer
 
 
 def step_batch(items: Sequence[Scheduled]) -> StepBatch:
@@ -52,6 +56,11 @@ class BatchBuilder:
     ) -> None:
         self.block_size, self.scratch_place, self.tp_size, self.device = block_size, scratch_place, tp_size, device
         self.attention = attention  # the configuration's `attention_backend`
+        self.flashinfer: FlashInfer | None = None
+        if attention == "flashinfer":
+            from nonet.layers.attention_flashinfer import FlashInfer
+
+            self.flashinfer = FlashInfer(block_size, device)
         self._offsets = np.arange(block_size, dtype=np.int64)
 
     def build(self, step: StepBatch, tokens_by_dp_rank: Sequence[int]) -> Batch:
@@ -83,6 +92,7 @@ class BatchBuilder:
             ),
             backend=self.attention,
             prompts=prompts,
+            library=self._told(step.blocks, step.starts, step.counts, num_decode),
         )
         return Batch(
             token_T=self._tensor(np.array(step.tokens, dtype=np.int64)),
@@ -110,11 +120,17 @@ class BatchBuilder:
                 block_size=self.block_size,
                 prefills=(),
                 backend=self.attention,
+                library=self._told([[self.scratch_place // self.block_size]] * D, [0] * D, [1] * D, D),
             ),
             tp_rows=split_evenly(D, self.tp_size),
             moe=MoeBatch(ep_rows(tokens_by_dp_rank, self.tp_size), is_load=False),
             logit_row_B=torch.zeros(0, dtype=torch.int64, device=self.device),
         )
+
+    def _told(
+        self, blocks: Sequence[Sequence[int]], starts: Sequence[int], counts: Sequence[int], num_decode: int
+    ) -> LibraryStep | None:
+        return None if self.flashinfer is None else self.flashinfer.step(blocks, starts, counts, num_decode)
 
     def _prompts(
         self, blocks: Sequence[Sequence[int]], first_P: np.ndarray, count_P: np.ndarray, context_P: np.ndarray

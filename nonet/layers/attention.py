@@ -10,6 +10,7 @@ N blocks of it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,14 @@ class Prompts:
     pairs: int  # of a new token and what it may see at most
 
 
+class LibraryStep(Protocol):
+    """Attention of one step by a library that plans on the host: it has been told the step's sequences."""
+
+    def attend(self, q_THd: Tensor, cache: KvCache, sight: Sight, out: Tensor) -> None:
+        """Into out [T, H, d]. Raises ConfigError for a sight that the library does not know."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionBatch:
     """Where a step's tokens go in the cache, and what each may see. Decoding sequences come first, a token each."""
@@ -60,6 +69,7 @@ class AttentionBatch:
     prefills: tuple[Prefill, ...]
     backend: str = "reference"  # what attends: the configuration's `attention_backend`
     prompts: Prompts | None = None  # for Triton, where there are prefills
+    library: LibraryStep | None = None  # attends instead, where the configuration names a library
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +220,9 @@ def attend(q_THd: Tensor, cache: KvCache, batch: AttentionBatch, sight: Sight = 
     out = torch.empty_like(q_THd, memory_format=torch.contiguous_format)
     B = batch.num_decode
     where = batch.decode_block_BN, batch.decode_length_B, batch.block_size
+    if batch.library is not None:
+        batch.library.attend(q_THd, cache, sight, out)
+        return out
     if batch.backend == "triton":
         _attend_on_gpu(q_THd, cache, batch, sight, out)
         return out

@@ -90,8 +90,23 @@ def test_attention_kernels_that_cannot_run_are_refused(refused, monkeypatch):
     message = "attention_backend = 'triton': the package triton is not installed; use auto or reference"
     assert refused(1, attention_backend="triton", device="cuda") == message
     monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "FLASHMLA")
-    names = "auto, reference, triton, TRITON_ATTN, TRITON_MLA, TORCH_SDPA"
+    names = "auto, reference, triton, flashinfer, TRITON_ATTN, TRITON_MLA, FLASHINFER, TORCH_SDPA"
     assert refused() == f"VLLM_ATTENTION_BACKEND = 'FLASHMLA': use one of: {names}"
+
+
+@pytest.mark.parametrize(("changes", "dtype", "problem"), [
+    ({}, "float32", "has no kernels for float32"), ({"head_dim": 128}, "bfloat16", None),
+    ({}, "bfloat16", "has kernels for heads of 64, 128 and 256 numbers, the model's have 8"),
+    ({"kv_lora_rank": 8}, "bfloat16", "is not used for multi-head latent attention"),
+    ({"attention_chunk_size": 8}, "bfloat16", "has no chunks and no sinks, which the model needs"),
+])  # fmt: skip
+def test_what_flashinfer_does_not_do(resolved, refused, monkeypatch, changes, dtype, problem):
+    monkeypatch.setattr("nonet.config.resolve.find_spec", lambda name: object())
+    settings = {"num_gpus": 1, "changes": changes, "attention_backend": "FLASHINFER", "dtype": dtype}
+    if problem is None:
+        assert resolved(**settings).model.attention_backend == "flashinfer"
+    else:
+        assert refused(**settings) == f"attention_backend = 'flashinfer': {problem}; use auto or reference"
 
 
 def test_what_was_given_stays(resolved):

@@ -26,6 +26,14 @@ MODELS: dict[str, dict[str, object]] = {
         norm_topk_prob=True, tie_word_embeddings=False,
     ),
 }  # fmt: skip
+# shapes that kernels of GPUs were made for
+FOR_GPUS: dict[str, dict[str, object]] = {
+    "heads128": dict(
+        vocab_size=131, hidden_size=128, intermediate_size=128, moe_intermediate_size=64, num_hidden_layers=3,
+        num_attention_heads=8, num_key_value_heads=2, head_dim=128, num_experts=8, num_experts_per_tok=2,
+        norm_topk_prob=True, tie_word_embeddings=False,
+    ),
+}  # fmt: skip
 
 
 @functools.cache
@@ -35,7 +43,7 @@ def folder(name: str) -> str:
 
     torch.manual_seed(7)
     common: dict[str, object] = dict(max_position_embeddings=512, initializer_range=0.2, rope_theta=10000.0)
-    config = Qwen3MoeConfig(**{**common, **MODELS[name]}, eos_token_id=None, bos_token_id=None)
+    config = Qwen3MoeConfig(**{**common, **(MODELS | FOR_GPUS)[name]}, eos_token_id=None, bos_token_id=None)
     model = Qwen3MoeForCausalLM(config).float()
     with torch.no_grad():  # norms of ones and biases of zero would hide that they are not applied
         for parameter_name, parameter in model.named_parameters():

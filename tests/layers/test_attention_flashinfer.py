@@ -1,0 +1,102 @@
+"""FlashInfer against the plain form, where it is installed. Its plans are made on any machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from attention_cases import Paged
+
+from nonet.errors import ConfigError
+from nonet.layers.attention import PLAIN, AttentionBatch, Sight, attend
+
+SPANS = [(40, 1), (0, 1), (0, 37), (50, 20), (100, 2)]  # tokens before, and new ones
+
+
+def steps(backend: str, device: str, block_size: int):
+    paged = Paged(num_blocks=-(-700 // block_size), block_size=block_size, backend=backend, device=torch.device(device))
+    return paged, paged.attention([(paged.take(start + count), start, count) for start, count in SPANS])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(importlib.util.find_spec("flashinfer") is None, reason="FlashInfer is not installed")
+@pytest.mark.parametrize(
+    ("sight", "dtype", "block_size"),
+    [
+        (PLAIN, torch.bfloat16, 16),
+        (PLAIN, torch.float16, 64),
+        (Sight(window=20, scale=0.2), torch.bfloat16, 16),
+        (Sight(window=1), torch.bfloat16, 5),
+    ],
+)
+def test_steps_are_the_plain_form(sight, dtype, block_size):
+    """What stands where no token is may be no number."""
+    built = []
+    for backend in ("flashinfer", "reference"):
+        paged, first = steps(backend, "cuda", block_size)
+        second = paged.attention([(paged.take(start + count), start, count) for start, count in SPANS[:3]])
+        built.append((first, second))
+    q_THd = torch.randn((61, 8, 128), device="cuda", dtype=dtype)
+    for rows, batch, plain in zip((61, 39), *built, strict=True):
+        used = torch.cat([part.place_C for part in plain.prefills] + [decoded(plain)])
+        for layer in range(2):  # the second one has its plan already
+            cache = torch.full((2, paged.places, 2, 128), torch.nan, device="cuda", dtype=dtype)
+            cache[:, used] = torch.randn((2, len(used), 2, 128), device="cuda", dtype=dtype)
+            want = attend(q_THd[:rows].float(), cache.float().unbind(), plain, sight)
+            got = attend(q_THd[:rows], cache.unbind(), batch, sight)
+            assert float((got.float() - want).abs().max()) <= 1.5e-2 * float(want.abs().max()), layer
+
+
+def decoded(batch: AttentionBatch) -> torch.Tensor:
+    """Where the contexts of decoding sequences lie."""
+    size, lengths = batch.block_size, batch.decode_length_B.tolist()
+    places = (batch.decode_block_BN.unsqueeze(2) * size + torch.arange(size, device="cuda")).flatten(1)
+    return torch.cat([own[:length] for own, length in zip(places, lengths, strict=True)])
+
+
+class Planner:
+    """Stands for both wrappers of the library: notes what it is told."""
+
+    def __init__(self, workspace: torch.Tensor, use_tensor_cores: bool = False) -> None:
+        self.plans: list[tuple[list[object], dict[str, object]]] = []
+
+    def plan(self, *given: object, **more: object) -> None:
+        self.plans.append(([x.tolist() if isinstance(x, torch.Tensor) else x for x in given], more))
+
+    def run(self, q: torch.Tensor, pages: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+        out.copy_(q + pages[0].shape[1])
+
+
+@pytest.fixture
+def library(monkeypatch):
+    known = SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=Planner, BatchPrefillWithPagedKVCacheWrapper=Planner)
+    monkeypatch.setitem(sys.modules, "flashinfer", known)
+
+
+def test_it_is_told_each_step_once_a_kind_of_layer(library):
+    paged, batch = steps("flashinfer", "cpu", 16)
+    cache = torch.zeros((2, paged.places, 2, 8)).unbind()
+    q_THd = torch.randn((61, 4, 8))
+    for sight in (PLAIN, PLAIN, Sight(window=20, scale=0.5)):
+        assert torch.equal(attend(q_THd, cache, batch, sight), q_THd + 16)
+    planners = {(kind.window, decodes): p for (kind, decodes), p in paged.builder.flashinfer._planners.items()}
+    assert [len(planners[key].plans) for key in ((None, True), (None, False), (20, True), (20, False))] == [1] * 4
+    [(decoding, settings)], [(prompts, _)] = planners[20, True].plans, planners[20, False].plans
+    assert (settings["window_left"], settings["sm_scale"]) == (19, 0.5)
+    used, blocks, last, *shape = decoding
+    assert (used, len(blocks), last, shape) == ([0, 3, 4], 4, [41 - 32, 1], [4, 2, 8, 16])
+    rows, used, blocks, last, *shape = prompts
+    assert (rows, used, len(blocks), last) == ([0, 37, 57, 59], [0, 3, 8, 15], 15, [37 - 32, 70 - 64, 102 - 96])
+
+
+@pytest.mark.parametrize(
+    ("sight", "what"), [(Sight(chunk=8), "attention in chunks"), (Sight(sink_H=torch.ones(4)), "sinks")]
+)
+def test_what_it_does_not_do_is_refused(library, sight, what):
+    paged, batch = steps("flashinfer", "cpu", 16)
+    cache = torch.zeros((2, paged.places, 2, 8)).unbind()
+    with pytest.raises(ConfigError, match=f"flashinfer.*has no {what}, which the model needs; use triton"):
+        attend(torch.zeros((61, 4, 8)), cache, batch, sight)
