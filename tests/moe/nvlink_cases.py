@@ -107,7 +107,8 @@ def test_the_clock_of_a_wait(monkeypatch: pytest.MonkeyPatch):
     noted once that is over, and then no wait waits."""
     monkeypatch.setattr(exchange, "CLOCK", tl.constexpr(True))
     monkeypatch.setattr(exchange, "globaltimer", lambda: tl.full([], time.time_ns(), tl.int64))
-    flags, epoch, clock = torch.tensor([7, 6, 9]), torch.tensor([7]), torch.tensor([5])
+    whole = exchange.WHOLE.value
+    flags, epoch, clock = torch.tensor([7, 6, 9]) * whole, torch.tensor([6]), torch.tensor([5])
     late, told = torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
 
     def wait() -> float:
@@ -115,14 +116,14 @@ def test_the_clock_of_a_wait(monkeypatch: pytest.MonkeyPatch):
         exchange.wait[(1,)](flags, epoch, late, told, clock, 1_500_000_000, 3, RP=4)
         return time.monotonic() - began
 
-    helper = threading.Timer(0.2, lambda: flags.__setitem__(1, 7))
+    helper = threading.Timer(0.2, lambda: flags.__setitem__(1, 7 * whole))
     helper.start()
     assert wait() >= 0.2
     helper.join()
     assert not late.any()
-    epoch.fill_(8)
+    assert epoch.item() == 7
     assert wait() >= 1.5
     assert late.tolist() == told.tolist() == [8, 8, 0]
-    epoch.fill_(10)
+    epoch.fill_(9)
     assert wait() < 1.5
     assert late.tolist() == [8, 8, 0]

@@ -1,9 +1,10 @@
 """One-sided exchange over NVLink: kernels that push rows into other ranks' windows, wait for theirs, and pull results.
 
 Used by the `nvlink` all-to-alls, which say what lies where in a window; specified by the contract of all-to-alls.
-`epoch` counts the pushes of this rank on the device, so that a captured graph can be replayed. A flag of a rank holds
-the epoch of who raised it. Waits end after `limit` (nanoseconds; in the interpreter polls): the late are then noted in
-`late` and, for the host, in `told`, no later wait waits, and no flag is raised any more. `clock` is the last time seen.
+`epoch` counts the pushes of this rank on the device, so that a captured graph can be replayed. Before a pull a rank raises
+its flag to the epoch. In a push its flag grows by WHOLE, to which every program adds its share once its rows are there.
+Waits end after `limit` (nanoseconds; in the interpreter polls): the late are then noted in `late` and, for the host, in
+`told`, no later wait waits, and no flag is raised any more. `clock` is the last time seen.
 Legend: T own tokens, D hidden, K top-k, R ranks, G slots of all ranks; addresses are int64.
 """
 
@@ -17,6 +18,7 @@ from nonet.kernels.triton import INTERPRETED
 from nonet.kernels.triton.fp8 import quantized
 
 CLOCK = tl.constexpr(not INTERPRETED)
+WHOLE = tl.constexpr(4096)  # that a push adds to a flag, however many programs it has, up to as many
 POLLS = tl.constexpr(1 if INTERPRETED else 64)  # between two looks at the clock
 
 
@@ -28,8 +30,9 @@ def _now(clock):
 
 
 @triton.jit
-def await_flags(flags, epoch, late, told, clock, limit, R, RP: tl.constexpr):
-    """Until all R flags have reached `epoch`; then what was written before they were raised can be read.
+def await_flags(flags, height, epoch, late, told, clock, limit, R, RP: tl.constexpr):
+    """Until all R flags have reached `height`; then what was written before they were raised can be read. Of those that
+    have not in time, `epoch` is noted.
 
     All that is decided comes from atomic operations, whose results are the same in every thread of a program.
     """
@@ -37,7 +40,7 @@ def await_flags(flags, epoch, late, told, clock, limit, R, RP: tl.constexpr):
     mask = r < R
     polls, start, count = tl.full([], 0, tl.int32), tl.full([], 0, tl.int64), 1
     while count > 0:
-        missing = mask & (tl.atomic_add(flags + r, 0, mask=mask, sem="acquire", scope="sys") < epoch)
+        missing = mask & (tl.atomic_add(flags + r, 0, mask=mask, sem="acquire", scope="sys") < height)
         count = tl.sum(missing.to(tl.int32), axis=0)
         polls += 1
         if (count > 0) & (polls % POLLS == 0):  # seldom: looking at anything else would delay the next poll
@@ -105,16 +108,15 @@ def _note(slot, weight, window_R, first_R, row, t, slot_at, weight_at, K, R, KP:
 
 @triton.jit(do_not_specialize=["first", "T"])
 def push(
-    x, slot, weight, window_G, window_R, first_R, epoch, late, arrived, first, T, D, K, R, me,
+    x, slot, weight, window_G, window_R, first_R, late, first, T, D, K, R, me,
     x_at, scale_at, slot_at, weight_at, flag_at,
     KP: tl.constexpr, RP: tl.constexpr, TOP: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """Each token to every rank that holds one of its slots, as row first + t; then this rank's flag on all of them.
+    """Each token to every rank that holds one of its slots, as row first + t; then a share of this rank's flag on all.
 
     Programs share T x PARTS pieces of BD columns. FP8: as e4m3 with a factor for each 128 columns.
     """
-    now = tl.load(epoch) + 1  # what the end needs, before it waits for anything
-    flags = flags_of(window_R, flag_at, me, late, R, RP)
+    flags = flags_of(window_R, flag_at, me, late, R, RP)  # what the end needs, before it waits for anything
     for piece in range(tl.program_id(0), T * PARTS, tl.num_programs(0)):
         t = tl.cast(piece // PARTS, tl.int64)
         row = first + t
@@ -137,18 +139,18 @@ def push(
                 tl.store(to_scale + row * (D // 128) + part, scale, mask=(part < D // 128) & (window != 0))
         if piece % PARTS == 0:
             _note(slot, weight, window_R, first_R, row, t, slot_at, weight_at, K, R, KP, RP)
-    tl.debug_barrier()
-    done = tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu")
-    if done == tl.num_programs(0) - 1:  # everyone's rows are on their way: the last one says so
-        tl.store(arrived, 0)
-        tl.store(epoch, now)
-        raise_flags(flags, now)
+    tl.debug_barrier()  # after all that this program did
+    others = tl.num_programs(0) - 1
+    share = tl.where(tl.program_id(0) == 0, WHOLE - others, 1).to(tl.int64)
+    tl.atomic_add(flags, share, mask=flags.to(tl.int64) != 0, sem="release", scope="sys")
 
 
 @triton.jit
 def wait(flags, epoch, late, told, clock, limit, R, RP: tl.constexpr):
-    """Until every rank has pushed this epoch."""
-    await_flags(flags, tl.load(epoch), late, told, clock, limit, R, RP)
+    """Until every rank has pushed as often as this one; from here on that is the epoch."""
+    now = tl.load(epoch) + 1
+    tl.store(epoch, now)
+    await_flags(flags, now * WHOLE, now, late, told, clock, limit, R, RP)
 
 
 @triton.jit(do_not_specialize=["first", "T"])
@@ -171,7 +173,7 @@ def pull(
         d = (piece % PARTS) * BD + tl.arange(0, BD)
         window_K = _targets(slot, window_G, t, K, KP, EACH)  # while flags are on their way
         if not has_waited:
-            await_flags(ready, now, late, told, clock, limit, R, RP)
+            await_flags(ready, now, now, late, told, clock, limit, R, RP)
             has_waited = True
         total = tl.zeros([BD], tl.float32)
         for k in tl.static_range(TOP):
@@ -186,4 +188,4 @@ def pull(
             total += part
         tl.store(out + t * D + d, total.to(out.dtype.element_ty), mask=d < D)
     if not has_waited:  # a rank without tokens, too, goes on only when all are done with its rows
-        await_flags(ready, now, late, told, clock, limit, R, RP)
+        await_flags(ready, now, now, late, told, clock, limit, R, RP)

@@ -81,8 +81,7 @@ class Nvlink:
 
         self._window_R, self._window_G = on_device(start_R), on_device(start_G)
         self._first_R = on_device(spec.fleet.first_slot[:R]).int()
-        self._epoch, self._counter, self._late = on_device([0]), on_device([0]).int(), on_device([0] * R)
-        self._clock = on_device([0])
+        self._epoch, self._clock, self._late = on_device([0]), on_device([0]), on_device([0] * R)
         self._told = torch.zeros(R, dtype=torch.int64, pin_memory=group.device.type == "cuda")  # the same, for the host
         self._is_open = False
         self._meet()
@@ -139,9 +138,10 @@ class Nvlink:
         from nonet.kernels.triton import exchange
 
         at, grid, shape = self._at, *self._cut(self._push, len(ticket.x_TD))
+        assert grid[0] <= exchange.WHOLE.value, "each program adds at least one to a flag"
         exchange.push[grid](
             ticket.x_TD, ticket.slot_TK, ticket.weight_TK, self._window_G, self._window_R, self._first_R,
-            self._epoch, self._late, self._counter, *self._numbers(ticket),
+            self._late, *self._numbers(ticket),
             at["x"], at["scale"], at["slot"], at["weight"], at["arrived"], FP8=self.spec.fp8, **shape,
         )  # fmt: skip
 
