@@ -173,12 +173,24 @@ def test_latent_models(H, dtype):
 
 @pytest.mark.skipif(INTERPRETED, reason="too much for the interpreter")
 def test_many_sequences():
-    """Several a program, some of them empty, most of them cut."""
+    """Several a program, some of them empty; cut or whole, since one of them is long or none."""
     lengths = [i * 37 % 700 for i in range(200)]
     grouped(lengths, (32, 4, 128), 16, torch.bfloat16)
     for H in (16, 64, 128):
         latent(lengths, H, (512, 64), torch.bfloat16, None)
+        latent([*lengths, 20_000], H, (512, 64), torch.bfloat16, None)
     latent([3000, 5, 0, 9000], 128, (512, 64), torch.float16, None)
+
+
+HOPPER = not INTERPRETED and torch.cuda.get_device_capability()[0] == 9
+
+
+@pytest.mark.skipif(not HOPPER, reason="for Hopper's kernel")
+@pytest.mark.parametrize("lengths", [[300] * 200, [1] * 67, [700, 0, 650] * 60], ids=["alike", "short", "not alike"])
+def test_many_contexts_stay_whole(lengths, monkeypatch):
+    """Nothing is left to join."""
+    monkeypatch.setattr(latent_decode, "join", lambda *left: None)
+    latent(lengths, 128, (512, 64), torch.bfloat16, None)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="graphs are a GPU's")

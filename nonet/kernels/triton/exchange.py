@@ -1,8 +1,8 @@
 """One-sided exchange over NVLink: kernels that push rows into other ranks' windows, wait for theirs, and pull results.
 
 Used by the `nvlink` all-to-alls, which say what lies where in a window; specified by the contract of all-to-alls.
-`epoch` counts the pushes of this rank on the device, so that a captured graph can be replayed. Before a pull a rank raises
-its flag to the epoch. In a push its flag grows by WHOLE, to which every program adds its share once its rows are there.
+`epoch` counts the pushes of this rank on the device, so that a captured graph can be replayed. In a push a rank's flag
+grows by WHOLE, to which every program adds its share once its rows are there; before a pull it is raised to the epoch.
 Waits end after `limit` (nanoseconds; in the interpreter polls): the late are then noted in `late` and, for the host, in
 `told`, no later wait waits, and no flag is raised any more. `clock` is the last time seen.
 Legend: T own tokens, D hidden, K top-k, R ranks, G slots of all ranks; addresses are int64.

@@ -3,11 +3,12 @@
 Used by `latent_decode` where there are more than 16 query heads, so that products count and not memory alone. A program
 has 64 of them: the queries and two tiles fill shared memory, and sums of 512 columns the registers of two warpgroups,
 each of which has half of the columns. As in FlashMLA (DeepSeek, 2025) they take turns: a tile's owner brings it, makes
-its scores and weights and hands these over, then both add to their sums. So one's softmax runs while the other's
-products do, and a tile is on its way while the one before it is worked on, also from one context to the next.
-What a program finds, and where it leaves it, is as in `decode`.
+its scores and weights and hands these over, then both add to their sums. A tile is on its way while the one before it
+is worked on, also from one context to the next, whose queries are as soon as no one multiplies by the last ones.
+What a program finds, and where it leaves it, is as in `decode`, but for contexts that are left whole (`_span`).
 Legend: that of `decode`; S slots for sequences; W the warpgroup, 0 or 1, owner of every other tile. Barriers, of each
-tile in memory: full, its rows are there; handed, its weights are; freed, the other warpgroup is done with it.
+tile in memory: full, its rows are there; handed, its weights are; freed, the other warpgroup is done with it. One more:
+asked, a context's queries are there.
 """
 
 from __future__ import annotations
@@ -21,16 +22,32 @@ WARPS = 4  # of the first warpgroup; the second is its worker
 HEADS, HALF = 64, 256  # query heads of a program; columns that one box of a row has, and those of a warpgroup's sums
 H = gl.constexpr(HEADS)
 N = gl.constexpr(64)  # places of a tile, and columns of a row beyond its value: weights lie where those were
+SLACK = gl.constexpr(10)  # tiles more than equal spans have that a program may have where all contexts stay whole
 LOWEST = gl.constexpr(-1e30)  # as in `decode`
 SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16))
 COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16 bytes a thread
 SCORE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16]))
+# as sums are written, each warp's by itself: 16 bytes a thread, 64 of a row side by side
+LINES = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [0, 32], [0, 64], [0, 128], [8, 0]],
+        [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
+        [[16, 0], [32, 0]],
+        [],
+        [HEADS, HALF],
+    )
+)
 
 
 @gluon.jit
 def _add(a, b):
     return a + b
+
+
+@gluon.jit
+def _larger(a, b):
+    return gl.maximum(a, b)
 
 
 @gluon.jit
@@ -48,17 +65,35 @@ def _tiles(number):
 
 @gluon.jit
 def _span(length, B, programs, me, SLOTS: gl.constexpr):
-    """(tiles of a program, its first, the one after its last; the first's sequence, its length, its first tile)."""
+    """(tiles of a program, its first, the one after its last; the first's sequence, its length, its first tile).
+
+    Spans are equal, and their ends cut contexts. But if no program gets many more tiles by it, each has those contexts
+    whole whose middle lies in its span.
+    """
     slots = gl.arange(0, SLOTS, gl.BlockedLayout([1], [32], [4], [0]))
-    tiles_S = _tiles(gl.load(length + slots, mask=slots < B, other=0).to(gl.int32))
-    end_S = gl.associative_scan(gl.where(slots < B, tiles_S, 0), 0, _add)
+    here = slots < B
+    tiles_S = gl.where(here, _tiles(gl.load(length + slots, mask=here, other=0).to(gl.int32)), 0)
+    end_S = gl.associative_scan(tiles_S, 0, _add)
     total = gl.max(end_S, 0)
     span = gl.maximum((total + programs - 1) // programs, 1)
-    begin, stop = me * span, gl.minimum((me + 1) * span, total)
+    begin, stop = gl.minimum(me * span, total), gl.minimum((me + 1) * span, total)
     at = gl.minimum(begin, total - 1)
     b = gl.sum((end_S <= at).to(gl.int32), 0)
     base = gl.max(gl.where(end_S <= at, end_S, 0), 0)
-    return span, begin, gl.maximum(stop, begin), b, gl.load(length + b).to(gl.int32), base
+    if programs < B:
+        begin_S = end_S - tiles_S
+        before_S = _tiles(gl.load(length + slots - 1, mask=here & (slots > 0), other=0).to(gl.int32))
+        owner_S = (begin_S + tiles_S // 2) // span
+        owner_before_S = (begin_S - before_S + before_S // 2) // span
+        start_S = gl.where((slots == 0) | (owner_S != owner_before_S), begin_S, 0)
+        start_S = gl.associative_scan(start_S, 0, _larger)  # where the program of each begins
+        if gl.max(gl.where(here, end_S - start_S, 0), 0) <= span + SLACK:
+            mine = here & (owner_S == me)
+            stop = gl.max(gl.where(mine, end_S, 0), 0)
+            begin = gl.min(gl.where(mine, begin_S, stop), 0)
+            b = gl.min(gl.where(mine, slots, B - 1), 0)
+            base = begin
+    return span, begin, stop, b, gl.load(length + b).to(gl.int32), base
 
 
 @gluon.jit
@@ -72,23 +107,35 @@ def _sequence(b, number, base, tile, length):
 
 
 @gluon.jit
-def _row(blocks, position, number, SIZE: gl.constexpr):
-    """Where the rows from a position on lie in the cache; past the last, anywhere."""
-    found = gl.load(blocks + position // SIZE, mask=position < number, other=0)
-    return found.to(gl.int32) * SIZE + position % SIZE
+def _block(blocks, position, number, SIZE: gl.constexpr):
+    """The block of a position; past the last, any."""
+    return gl.load(blocks + position // SIZE, mask=position < number, other=0)
 
 
 @gluon.jit
-def _rows(b, position, number, block, block_stride, SIZE: gl.constexpr, BOX: gl.constexpr):
-    """Where the boxes of a tile lie; what it does not have lies where its first does."""
+def _look_up(tile, b, number, base, length, block, block_stride, SIZE: gl.constexpr, BOX: gl.constexpr):
+    """(sequence of a tile, its length, its first tile; where in it the tile is, blocks of the tile's boxes), from those
+    of an earlier tile. Nothing is computed of the blocks before they are needed, so that nothing waits for them."""
+    b, number, base = _sequence(b, number, base, tile, length)
+    position = (tile - base) * N
     blocks = block + b.to(gl.int64) * block_stride
-    row_0 = _row(blocks, position, number, SIZE)
-    row_1, row_2, row_3 = row_0, row_0, row_0
+    block_0 = _block(blocks, position, number, SIZE)
+    block_1, block_2, block_3 = block_0, block_0, block_0
     if BOX <= 32:
-        row_1 = _row(blocks, position + BOX, number, SIZE)
+        block_1 = _block(blocks, position + BOX, number, SIZE)
     if BOX <= 16:
-        row_2 = _row(blocks, position + 2 * BOX, number, SIZE)
-        row_3 = _row(blocks, position + 3 * BOX, number, SIZE)
+        block_2 = _block(blocks, position + 2 * BOX, number, SIZE)
+        block_3 = _block(blocks, position + 3 * BOX, number, SIZE)
+    return b, number, base, position, (block_0, block_1, block_2, block_3)
+
+
+@gluon.jit
+def _rows(block, position, SIZE: gl.constexpr, BOX: gl.constexpr):
+    """Where the boxes of a tile lie in the cache, by their blocks."""
+    row_0 = block[0].to(gl.int32) * SIZE + position % SIZE
+    row_1 = block[1].to(gl.int32) * SIZE + (position + BOX) % SIZE
+    row_2 = block[2].to(gl.int32) * SIZE + (position + 2 * BOX) % SIZE
+    row_3 = block[3].to(gl.int32) * SIZE + (position + 3 * BOX) % SIZE
     return row_0, row_1, row_2, row_3
 
 
@@ -138,10 +185,11 @@ def _score(query_1, query_2, query_3, key_1, key_2, key_3):
 @gluon.jit
 def _weigh(score, left, scale, best, mass, weights, bests, masses, handed):
     """A tile's weights, handed over; (the highest product so far, the sum of weights, what sums so far shrink by)."""
-    here = gl.arange(0, N, gl.SliceLayout(0, SCORE)) < left
-    score = gl.where(here[None, :], score * scale, float("-inf"))
-    higher = gl.maximum(best, gl.max(score, 1))
-    weight = gl.exp2(score - higher[:, None])
+    if left < N:
+        here = gl.arange(0, N, gl.SliceLayout(0, SCORE)) < left
+        score = gl.where(here[None, :], score, float("-inf"))
+    higher = gl.maximum(best, gl.max(score, 1) * scale)
+    weight = gl.exp2(score * scale - higher[:, None])
     fade = gl.exp2(best - higher)
     mass = mass * fade + gl.sum(weight, 1)
     weights.store(weight.to(weights.dtype))
@@ -162,15 +210,22 @@ def _add_share(sums, fade, weights, value):
 
 
 @gluon.jit
-def _put(sums, mass, whole, out, part, out_head, g, column, G: gl.constexpr):
+def _store(x, to, stride, head, column, G: gl.constexpr, LAYOUT: gl.constexpr):
+    """Numbers of heads below G, from this head and column on."""
+    x = gl.convert_layout(x, LAYOUT)
+    g = head + gl.arange(0, x.shape[0], gl.SliceLayout(1, LAYOUT))
+    c = column + gl.arange(0, x.shape[1], gl.SliceLayout(0, LAYOUT))
+    gl.store(to + g[:, None] * stride + c[None, :], x, mask=(g < G)[:, None])
+
+
+@gluon.jit
+def _put(sums, mass, whole, out, part, out_head, head, column, G: gl.constexpr):
     """Half of each head's numbers: to its row or, where other programs have a part of the context, to what is left."""
-    C: gl.constexpr = sums.shape[1]
     if whole:
-        mean = sums / gl.where(mass > 0, mass, 1.0)[:, None]  # of an empty context, zeros
-        to = out + g[:, None] * out_head + column[None, :]
-        gl.store(to, mean.to(out.dtype.element_ty), mask=(g < G)[:, None])
+        mean = sums * (1.0 / gl.where(mass > 0, mass, 1.0))[:, None]  # of an empty context, zeros
+        _store(mean.to(out.dtype.element_ty), out, out_head, head, column, G, LINES)
     else:
-        gl.store(part + g[:, None].to(gl.int64) * (2 * C) + column[None, :], sums, mask=(g < G)[:, None])
+        _store(sums, part, 2 * sums.shape[1], head, column, G, SUMS)
 
 
 @gluon.jit
@@ -195,11 +250,10 @@ def _finish(
     C: gl.constexpr = sums.shape[1]
     end = base + _tiles(number)
     if (tile + 1 == end) | (tile + 1 == stop):
-        g, column = pack * H + gl.arange(0, H, gl.SliceLayout(1, SUMS)), gl.arange(0, C, gl.SliceLayout(0, SUMS))
         whole, at = (base >= begin) & (end <= stop), (me * 2 + slot) * ROWS
         to, to_part = out + b.to(gl.int64) * out_stride, part + at.to(gl.int64) * (2 * C)
         full_mass = gl.convert_layout(mass, gl.SliceLayout(1, SUMS))
-        _put(sums, full_mass, whole, to, to_part, out_head, g, column + W * C, G)
+        _put(sums, full_mass, whole, to, to_part, out_head, pack * H, W * C, G)
         if W == 0:
             _note(whole, top, cut, at, programs * 2 * ROWS, me, span, b, begin, base, end, slot, best, mass, pack)
         slot = 1
@@ -221,18 +275,24 @@ def _half(
     C: gl.constexpr = keys_1.shape[2]
     BOX: gl.constexpr = rests.block_shape[0]
     values = keys_1 if W == 0 else keys_2
+    query_1, query_2, query_3 = queries_1.index(0), queries_2.index(0), queries_3.index(0)
     span, begin, stop, b, number, base = _span(length, B, programs, me, SLOTS)
     if W == 0:
         gl.store(cut + me * 3, -1)
-    next_b, next_number, next_base = b, number, base  # those of its own tile to come
+        if begin < stop:
+            _bring(queries, query_rests, (b * heads + pack * H, 0, 0, 0), query_1, query_2, query_3, asked.index(0))
+    first, known = b, b - 1  # the program's first context, and the last whose queries have come
+    last = gl.maximum(stop - 1, base)
+    far = _look_up(gl.minimum(begin + W, last), b, number, base, length, block, block_stride, SIZE, BOX)
     if begin + W < stop:
-        next_b, next_number, next_base = _sequence(b, number, base, begin + W, length)
-        row = _rows(next_b, (begin + W - next_base) * N, next_number, block, block_stride, SIZE, BOX)
+        row = _rows(far[4], far[3], SIZE, BOX)
         _bring(rows, rests, row, keys_1.index(W), keys_2.index(W), keys_3.index(W), full.index(W))
+    # its own tile after the next
+    far = _look_up(gl.minimum(begin + W + 2, last), far[0], far[1], far[2], length, block, block_stride, SIZE, BOX)
     best = gl.full([H], LOWEST, gl.float32, gl.SliceLayout(1, SCORE))
     mass = gl.full([H], 0.0, gl.float32, gl.SliceLayout(1, SCORE))
     sums = gl.full([H, C], 0.0, gl.float32, SUMS)
-    slot, contexts = 0, 0
+    slot = 0
     for pair in range(0, (stop - begin + 1) // 2):
         for turn in gl.static_range(2):
             tile, zero, owner = begin + 2 * pair + turn, _anew(0), _anew(turn)
@@ -241,27 +301,29 @@ def _half(
             if tile < stop:
                 if turn == W:
                     query_1, query_2, query_3 = queries_1.index(zero), queries_2.index(zero), queries_3.index(zero)
-                    if (tile == base) | (tile == begin):  # no one multiplies by other queries any more
-                        head = b * heads + pack * H
-                        _bring(queries, query_rests, (head, 0, 0, 0), query_1, query_2, query_3, asked.index(W))
-                        mbarrier.wait(asked.index(W), contexts & 1)
-                        contexts += 1
+                    if b != known:
+                        mbarrier.wait(asked.index(0), (b - first) & 1)
+                        known = b
                     mbarrier.wait(full.index(owner), pair & 1)
                     left = number - (tile - base) * N
                     if left < N:
                         _clear(key_1, key_2, left)
                     score = _score(query_1, query_2, query_3, key_1, key_2, key_3)
-                    to_come = gl.minimum(tile + 2, stop - 1)
-                    next_b, next_number, next_base = _sequence(next_b, next_number, next_base, to_come, length)
-                    row = _rows(next_b, (to_come - next_base) * N, next_number, block, block_stride, SIZE, BOX)
                     score = hopper.warpgroup_mma_wait(0, deps=[score])
+                    if (left <= N) & (tile + 1 < stop):  # no one multiplies by these queries any more
+                        head = (b + 1) * heads + pack * H
+                        _bring(queries, query_rests, (head, 0, 0, 0), query_1, query_2, query_3, asked.index(0))
                     best, mass, fade = _weigh(
                         score, left, scale, best, mass, key_3, best_there, mass_there, handed.index(owner)
                     )
                     sums = _add_share(sums, fade, key_3, value)
                     mbarrier.wait(freed.index(owner), pair & 1)
                     if tile + 2 < stop:
+                        row = _rows(far[4], far[3], SIZE, BOX)
                         _bring(rows, rests, row, key_1, key_2, key_3, full.index(owner))
+                    far = _look_up(
+                        gl.minimum(tile + 4, last), far[0], far[1], far[2], length, block, block_stride, SIZE, BOX
+                    )
                 else:
                     mbarrier.wait(handed.index(owner), pair & 1)
                     higher = best_there.load(gl.SliceLayout(1, SCORE))
@@ -297,12 +359,12 @@ def spans(
     bests = gl.allocate_shared_memory(gl.float32, [2, H], line)
     masses = gl.allocate_shared_memory(gl.float32, [2, H], line)
     full = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
-    asked = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
+    asked = gl.allocate_shared_memory(gl.int64, [1, 1], barrier)
     handed = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
     freed = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
+    mbarrier.init(asked.index(0), count=1)
     for j in gl.static_range(2):
         mbarrier.init(full.index(j), count=1)
-        mbarrier.init(asked.index(j), count=1)
         mbarrier.init(handed.index(j), count=1)
         mbarrier.init(freed.index(j), count=1)
     gl.thread_barrier()
