@@ -1,4 +1,4 @@
-"""One-sided all-to-all over NVLink for few tokens a rank: a program a piece of a row, all at once.
+"""One-sided all-to-all over NVLink for few tokens a rank: results are pulled in small pieces, all at once.
 
 See `_nvlink`.
 """
@@ -10,4 +10,4 @@ from nonet.moe.base import All2All, All2AllSpec
 
 
 def create(spec: All2AllSpec) -> All2All:
-    return Nvlink(spec, "nvlink_low_latency", push=Launch(1024, 4, 512), pull=Launch(1024, 4, 512))
+    return Nvlink(spec, "nvlink_low_latency", push=Launch(2048, 4, 1056), pull=Launch(1024, 4, 512))
