@@ -103,6 +103,8 @@ class Worker:
         self.builder = BatchBuilder(
             block_size, self.num_blocks * block_size, tp, world.device, config.model.attention_backend
         )
+        if self.builder.flashinfer is not None:
+            self.builder.flashinfer.prepare([layer.attention for layer in self.model.layers], self.dtype)
         self.steps = 0
 
     def _count_blocks(self) -> int:

@@ -8,7 +8,7 @@ Legend: T tokens, H query heads, h KV heads, d head_dim, B decoding sequences, S
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nonet.errors import ConfigError
-from nonet.layers.attention import KvCache, Sight
+from nonet.layers.attention import Attention, KvCache, Sight
 
 WORKSPACE_BYTES = 256 << 20  # for the parts of contexts that are attended to apart
 
@@ -54,6 +54,24 @@ class FlashInfer:
         self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._planners: dict[tuple[_Kind, bool], Any] = {}
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
+
+    def prepare(self, layers: Iterable[Attention], dtype: torch.dtype) -> None:
+        """Has the library compile what it lacks for these layers, before any rank waits for another inside a step.
+
+        Raises ConfigError where it cannot.
+        """
+        groups = [self._sequences([[0]], [0], [count]) for count in (1, 2)]
+        kinds = {
+            _Kind(own.num_heads, own.num_kv_heads, own.head_dim, dtype, own.sight.window, own.sight.scale)
+            for own in layers
+        }
+        for kind in kinds:
+            try:
+                self.plan(kind, *groups)
+            except (OSError, RuntimeError) as error:
+                why = str(error).partition("\n")[0]
+                problem = f"its kernels cannot be compiled here ({why}); install nvcc and ninja, or use triton"
+                raise ConfigError("attention_backend", "flashinfer", problem) from error
 
     def step(
         self, blocks: Sequence[Sequence[int]], starts: Sequence[int], counts: Sequence[int], num_decode: int

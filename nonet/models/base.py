@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -64,6 +64,7 @@ class Model(Protocol):
     """A loaded model. Every rank calls forward in the same steps, also without tokens."""
 
     num_layers: int  # entries of the KV cache
+    layers: Sequence[Any]  # each has its `attention`
 
     def forward(self, batch: Batch, cache: Sequence[KvCache]) -> Tensor:
         """Hidden states after the last norm of the rows `logit_row_B`: [B, D] on every tensor-parallel rank."""

@@ -12,6 +12,7 @@ from attention_cases import Paged
 
 from nonet.errors import ConfigError
 from nonet.layers.attention import PLAIN, AttentionBatch, Sight, attend
+from nonet.layers.attention_flashinfer import FlashInfer
 
 SPANS = [(40, 1), (0, 1), (0, 37), (50, 20), (100, 2)]  # tokens before, and new ones
 
@@ -70,10 +71,12 @@ class Planner:
         out.copy_(q + pages[0].shape[1])
 
 
+KNOWN = SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=Planner, BatchPrefillWithPagedKVCacheWrapper=Planner)
+
+
 @pytest.fixture
 def library(monkeypatch):
-    known = SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=Planner, BatchPrefillWithPagedKVCacheWrapper=Planner)
-    monkeypatch.setitem(sys.modules, "flashinfer", known)
+    monkeypatch.setitem(sys.modules, "flashinfer", KNOWN)
 
 
 def test_it_is_told_each_step_once_a_kind_of_layer(library):
@@ -90,6 +93,59 @@ def test_it_is_told_each_step_once_a_kind_of_layer(library):
     assert (used, len(blocks), last, shape) == ([0, 3, 4], 4, [41 - 32, 1], [4, 2, 8, 16])
     rows, used, blocks, last, *shape = prompts
     assert (rows, used, len(blocks), last) == ([0, 37, 57, 59], [0, 3, 8, 15], 15, [37 - 32, 70 - 64, 102 - 96])
+
+
+LAYER = SimpleNamespace(num_heads=4, num_kv_heads=2, head_dim=8, sight=PLAIN)
+
+
+def test_kernels_are_asked_for_before_the_first_step(library):
+    layers = [LAYER, LAYER, SimpleNamespace(**{**vars(LAYER), "sight": Sight(window=20)})]
+    flashinfer = FlashInfer(16, torch.device("cpu"))
+    flashinfer.prepare(layers, torch.bfloat16)
+    asked = sorted((kind.window or 0, decodes, len(p.plans)) for (kind, decodes), p in flashinfer._planners.items())
+    assert asked == [(0, False, 1), (0, True, 1), (20, False, 1), (20, True, 1)]
+
+
+def test_without_a_compiler_it_is_refused(library, monkeypatch):
+    def fails(self: Planner, *given: object, **more: object) -> None:
+        raise RuntimeError("Ninja build failed\nnvcc: not found")
+
+    monkeypatch.setattr(Planner, "plan", fails)
+    with pytest.raises(ConfigError) as error:
+        FlashInfer(16, torch.device("cpu")).prepare([LAYER], torch.bfloat16)
+    problem = "its kernels cannot be compiled here (Ninja build failed); install nvcc and ninja, or use triton"
+    assert str(error.value) == f"attention_backend = 'flashinfer': {problem}"
+
+
+def worker_with_the_stand_in(world) -> list[list[int]]:
+    """On each rank: how often each planner was told something, once the worker is there and after a step."""
+    from nonet.config import build_config
+    from nonet.config.checkpoint import read_spec
+    from nonet.config.resolve import resolve
+    from nonet.engine.worker import Worker
+
+    settings = build_config("nonet-tiny", data_parallel_size=2, device="cpu", num_blocks=8)
+    spec = read_spec(settings.model.model)
+    config = resolve(settings, spec, num_gpus=0)
+    model = config.model.model_copy(update={"attention_backend": "flashinfer"})  # resolve knows that it is for GPUs
+    sys.modules["flashinfer"] = KNOWN
+    try:
+        worker = Worker(config.model_copy(update={"model": model}), spec, world)
+        planners = worker.builder.flashinfer._planners
+        told = [[len(planners[key].plans) for key in sorted(planners, key=lambda key: key[1])]]
+        worker.run_dummy(3, [3, 3])
+        told.append([len(planners[key].plans) for key in sorted(planners, key=lambda key: key[1])])
+        worker.close()
+    finally:
+        del sys.modules["flashinfer"]
+    return told
+
+
+def test_a_rank_is_ready_when_they_are_compiled(cluster2):
+    prompts, decoding = 0, 1
+    for ready, after in cluster2.run(worker_with_the_stand_in):
+        assert ready == [1, 1]
+        assert (after[prompts], after[decoding]) == (1, 2), "one plan for all layers of a step"
 
 
 @pytest.mark.parametrize(
