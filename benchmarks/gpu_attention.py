@@ -29,6 +29,7 @@ from nonet.engine.batch import BatchBuilder
 from nonet.engine.messages import StepBatch
 from nonet.kernels.triton import decode, latent_decode, prefill
 from nonet.layers.attention import AttentionBatch, Sight, attend
+from nonet.layers.attention_flashinfer import FlashInfer
 
 Row = dict[str, Any]  # of a table: columns by name
 DTYPE = torch.bfloat16
@@ -70,7 +71,8 @@ def rotated(size: int) -> int:
 
 @cache
 def builder(block: int, backend: str) -> BatchBuilder:
-    return BatchBuilder(block, 0, 1, torch.device("cuda"), backend)
+    device = torch.device("cuda")
+    return BatchBuilder(block, 0, 1, device, backend, FlashInfer(block, device) if backend == "flashinfer" else None)
 
 
 def step_of(spans: Sequence[tuple[int, int]], block: int, backend: str = "triton") -> tuple[AttentionBatch, int]:

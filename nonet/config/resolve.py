@@ -126,13 +126,15 @@ def _attention(config: EngineConfig, spec: ModelSpec, dtype: str) -> str:
         return "triton" if on_gpus and find_spec("triton") is not None else "reference"
     problem = None
     if name != "reference" and not on_gpus:
-        problem = "runs on GPUs"
-    elif name != "reference" and find_spec(name) is None:
-        problem = f"the package {name} is not installed"
-    elif name == "flashinfer":
-        problem = _beyond_flashinfer(spec, dtype)
+        problem = "runs on GPUs; use auto or reference"
+    elif name == "triton" and find_spec(name) is None:
+        problem = "the package triton is not installed; use auto or reference"
+    elif name == "flashinfer" and find_spec(name) is None:
+        problem = "the module flashinfer is not installed; pip install 'nonet[flashinfer]', or use auto"
+    elif name == "flashinfer" and (beyond := _beyond_flashinfer(spec, dtype)):
+        problem = f"{beyond}; use auto or triton"
     if problem:
-        raise ConfigError("attention_backend", name, f"{problem}; use auto or reference")
+        raise ConfigError("attention_backend", name, problem)
     return name
 
 
@@ -140,8 +142,10 @@ def _beyond_flashinfer(spec: ModelSpec, dtype: str) -> str | None:
     """What of the model's attention the adapter (layers/attention_flashinfer.py) has no kernel for."""
     if spec.kv_lora_rank:
         return "is not used for multi-head latent attention"
-    if spec.raw.get("attention_chunk_size") or spec.raw.get("model_type") == "gpt_oss":
-        return "has no chunks and no sinks, which the model needs"
+    if spec.raw.get("attention_chunk_size"):
+        return "has no attention in chunks, which the model needs"
+    if spec.architecture == "GptOssForCausalLM":
+        return "has no sinks, which the model needs"
     if dtype == "float32":
         return "has no kernels for float32"
     if spec.head_dim not in (64, 128, 256):

@@ -7,20 +7,17 @@ P prompts, D tokens of a dummy pass, N blocks of the longest context.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from nonet.config.fleet import split_evenly
 from nonet.engine.messages import StepBatch
-from nonet.layers.attention import AttentionBatch, LibraryStep, Prefill, Prompts
+from nonet.layers.attention import AttentionBatch, PlannedStep, Prefill, Prompts
+from nonet.layers.attention_flashinfer import FlashInfer
 from nonet.models.base import Batch, ep_rows
 from nonet.moe.layer import MoeBatch
 from nonet.schedule.scheduler import Scheduled
-
-if TYPE_CHECKING:
-    from nonet.layers.attention_flashinfer import FlashInfer
 
 
 def step_batch(items: Sequence[Scheduled]) -> StepBatch:
@@ -52,15 +49,17 @@ class BatchBuilder:
     """Makes a `Batch` of a `StepBatch` on one rank."""
 
     def __init__(
-        self, block_size: int, scratch_place: int, tp_size: int, device: torch.device, attention: str = "reference"
+        self,
+        block_size: int,
+        scratch_place: int,
+        tp_size: int,
+        device: torch.device,
+        attention: str = "reference",
+        flashinfer: FlashInfer | None = None,
     ) -> None:
         self.block_size, self.scratch_place, self.tp_size, self.device = block_size, scratch_place, tp_size, device
         self.attention = attention  # the configuration's `attention_backend`
-        self.flashinfer: FlashInfer | None = None
-        if attention == "flashinfer":
-            from nonet.layers.attention_flashinfer import FlashInfer
-
-            self.flashinfer = FlashInfer(block_size, device)
+        self.flashinfer = flashinfer  # attends if it is there; then nothing else is told of prompts
         self._offsets = np.arange(block_size, dtype=np.int64)
 
     def build(self, step: StepBatch, tokens_by_dp_rank: Sequence[int]) -> Batch:
@@ -86,13 +85,10 @@ class BatchBuilder:
             decode_block_BN=self._tensor(np.array(table, dtype=np.int64).reshape(num_decode, longest)),
             decode_length_B=self._tensor(starts[:num_decode] + 1),
             block_size=size,
-            prefills=tuple(
-                Prefill(int(at), count, place)
-                for at, (_, _, count), place in zip(spans[0], chunks, self._contexts(places, prompts), strict=True)
-            ),
+            prefills=self._prefills(spans[0], spans[1], places, prompts),
             backend=self.attention,
             prompts=prompts,
-            library=self._told(step.blocks, step.starts, step.counts, num_decode),
+            planned=self._planned(step.blocks, step.starts, step.counts, num_decode),
         )
         return Batch(
             token_T=self._tensor(np.array(step.tokens, dtype=np.int64)),
@@ -120,16 +116,16 @@ class BatchBuilder:
                 block_size=self.block_size,
                 prefills=(),
                 backend=self.attention,
-                library=self._told([[self.scratch_place // self.block_size]] * D, [0] * D, [1] * D, D),
+                planned=self._planned([[self.scratch_place // self.block_size]] * D, [0] * D, [1] * D, D),
             ),
             tp_rows=split_evenly(D, self.tp_size),
             moe=MoeBatch(ep_rows(tokens_by_dp_rank, self.tp_size), is_load=False),
             logit_row_B=torch.zeros(0, dtype=torch.int64, device=self.device),
         )
 
-    def _told(
+    def _planned(
         self, blocks: Sequence[Sequence[int]], starts: Sequence[int], counts: Sequence[int], num_decode: int
-    ) -> LibraryStep | None:
+    ) -> PlannedStep | None:
         return None if self.flashinfer is None else self.flashinfer.step(blocks, starts, counts, num_decode)
 
     def _prompts(
@@ -151,11 +147,18 @@ class BatchBuilder:
         first, count, context, begin = whole[:, :4].t().contiguous().unbind()
         return Prompts(block_PN, first, count, context, begin, place_C, pairs)
 
-    def _contexts(self, places: Sequence[np.ndarray], prompts: Prompts | None) -> Sequence[torch.Tensor]:
-        """The places of each prompt's context."""
+    def _prefills(
+        self, first_P: np.ndarray, count_P: np.ndarray, places: Sequence[np.ndarray], prompts: Prompts | None
+    ) -> tuple[Prefill, ...]:
+        """With the places of each prompt's context."""
+        if self.flashinfer is not None:
+            return ()
         if prompts is not None:
-            return prompts.place_C.split([len(place) for place in places])
-        return [self._tensor(place) for place in places]
+            on_device = prompts.place_C.split([len(place) for place in places])
+        else:
+            on_device = tuple(self._tensor(place) for place in places)
+        rows = zip(first_P.tolist(), count_P.tolist(), on_device, strict=True)
+        return tuple(Prefill(first, count, place) for first, count, place in rows)
 
     def _places(self, blocks: Sequence[int], length: int) -> np.ndarray:
         """Cache places of positions 0 .. length - 1."""

@@ -24,6 +24,7 @@ from nonet.engine.statistics import Recorder
 from nonet.eplb.placement import Placement
 from nonet.errors import CapacityError
 from nonet.layers.attention import KvCache
+from nonet.layers.attention_flashinfer import FlashInfer
 from nonet.models.base import Parts, family_of
 from nonet.moe.base import All2AllSpec
 from nonet.moe.load import LoadCounter
@@ -97,14 +98,14 @@ class Worker:
             bar.done(checkpoint)
         self.bytes_read = checkpoint.bytes_read
         checkpoint.close()
+        attention, block_size, flashinfer = config.model.attention_backend, config.cache.block_size, None
+        if attention == "flashinfer":  # before the cache gets the memory that is left
+            flashinfer = FlashInfer(block_size, world.device)
+            flashinfer.prepare([layer.attention for layer in self.model.layers], self.dtype)
         self.num_blocks = self._count_blocks()
         self.cache = self._allocate_cache()
-        block_size = config.cache.block_size
-        self.builder = BatchBuilder(
-            block_size, self.num_blocks * block_size, tp, world.device, config.model.attention_backend
-        )
-        if self.builder.flashinfer is not None:
-            self.builder.flashinfer.prepare([layer.attention for layer in self.model.layers], self.dtype)
+        scratch_place = self.num_blocks * block_size
+        self.builder = BatchBuilder(block_size, scratch_place, tp, world.device, attention, flashinfer)
         self.steps = 0
 
     def _count_blocks(self) -> int:

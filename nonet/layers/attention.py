@@ -1,8 +1,9 @@
 """Grouped-query attention over the paged KV cache, heads split over the tensor-parallel ranks.
 
 `place_qkv` writes the cache, `attend` reads it. Both are plain PyTorch, the reference; on CPUs compiled kernels do the
-same in one pass over the rows, but for prompts, which are PyTorch's there; on GPUs Triton kernels do all of it. What a
-family's layers do besides, a `Sight` and the options of `Attention` say; nobody here knows which family asks.
+same in one pass over the rows, but for prompts, which are PyTorch's there; on GPUs Triton kernels do all of it, or a
+library attends (`attention_flashinfer`), where the configuration names it. What a family's layers do besides, a `Sight`
+and the options of `Attention` say; nobody here knows which family asks.
 Legend: T tokens, H query heads, h KV heads, d head_dim, D hidden, B decoding sequences, P prompts, C longest context,
 N blocks of it.
 """
@@ -48,8 +49,8 @@ class Prompts:
     pairs: int  # of a new token and what it may see at most
 
 
-class LibraryStep(Protocol):
-    """Attention of one step by a library that plans on the host: it has been told the step's sequences."""
+class PlannedStep(Protocol):
+    """Attention of one step by a library that plans on the host, where it was told the step's sequences."""
 
     def attend(self, q_THd: Tensor, cache: KvCache, sight: Sight, out: Tensor) -> None:
         """Into out [T, H, d]. Raises ConfigError for a sight that the library does not know."""
@@ -69,7 +70,7 @@ class AttentionBatch:
     prefills: tuple[Prefill, ...]
     backend: str = "reference"  # what attends: the configuration's `attention_backend`
     prompts: Prompts | None = None  # for Triton, where there are prefills
-    library: LibraryStep | None = None  # attends instead, where the configuration names a library
+    planned: PlannedStep | None = None  # attends instead of the kernels, where the configuration names a library
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,8 +221,8 @@ def attend(q_THd: Tensor, cache: KvCache, batch: AttentionBatch, sight: Sight = 
     out = torch.empty_like(q_THd, memory_format=torch.contiguous_format)
     B = batch.num_decode
     where = batch.decode_block_BN, batch.decode_length_B, batch.block_size
-    if batch.library is not None:
-        batch.library.attend(q_THd, cache, sight, out)
+    if batch.planned is not None:
+        batch.planned.attend(q_THd, cache, sight, out)
         return out
     if batch.backend == "triton":
         _attend_on_gpu(q_THd, cache, batch, sight, out)

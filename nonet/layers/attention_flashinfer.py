@@ -1,8 +1,8 @@
 """Attention by FlashInfer (Ye et al., arXiv:2501.01005), where `attention_backend` names it: grouped queries, windows.
 
 The batch's builder tells a `FlashInfer` of each step's sequences and puts the `Step` into the batch; `layers.attention`
-attends through it. Plans are made on the host, one a step for each kind of layer. Imported lazily, as is the library.
-Interface: flashinfer's BatchDecode- and BatchPrefillWithPagedKVCacheWrapper, version 0.6.12.
+attends through it. Plans are made on the host, one a step for each kind of layer. The library is imported lazily.
+Interface: flashinfer's BatchDecode- and BatchPrefillWithPagedKVCacheWrapper, version 0.6.12, here called planners.
 Legend: T tokens, H query heads, h KV heads, d head_dim, B decoding sequences, S sequences, N blocks of all of them.
 """
 
@@ -19,7 +19,8 @@ from torch import Tensor
 from nonet.errors import ConfigError
 from nonet.layers.attention import Attention, KvCache, Sight
 
-WORKSPACE_BYTES = 256 << 20  # for the parts of contexts that are attended to apart
+NAME = "flashinfer"
+WORKSPACE_BYTES = 394 << 20  # for the parts of contexts that are attended to apart; vLLM's number
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class _Sequences:
 
 
 class FlashInfer:
-    """The library's memory and its planners, which live as long as the rank."""
+    """The library's memory and its planners, which live as long as the rank. Steps take turns with them."""
 
     def __init__(self, block_size: int, device: torch.device) -> None:
         import flashinfer
@@ -54,34 +55,31 @@ class FlashInfer:
         self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._planners: dict[tuple[_Kind, bool], Any] = {}
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
+        self.turn: Step | None = None  # whose plans the planners hold
 
     def prepare(self, layers: Iterable[Attention], dtype: torch.dtype) -> None:
         """Has the library compile what it lacks for these layers, before any rank waits for another inside a step.
 
-        Raises ConfigError where it cannot.
+        Raises ConfigError where it cannot, or has no kernels for a layer.
         """
         groups = [self._sequences([[0]], [0], [count]) for count in (1, 2)]
-        kinds = {
-            _Kind(own.num_heads, own.num_kv_heads, own.head_dim, dtype, own.sight.window, own.sight.scale)
-            for own in layers
-        }
+        kinds = set()
+        for own in layers:
+            _check(own.sight)
+            kinds.add(_Kind(own.num_heads, own.num_kv_heads, own.head_dim, dtype, own.sight.window, own.sight.scale))
         for kind in kinds:
             try:
                 self.plan(kind, *groups)
+            except torch.OutOfMemoryError:
+                raise
             except (OSError, RuntimeError) as error:
-                why = str(error).partition("\n")[0]
-                problem = f"its kernels cannot be compiled here ({why}); install nvcc and ninja, or use triton"
-                raise ConfigError("attention_backend", "flashinfer", problem) from error
+                why = f"its kernels cannot be compiled here ({_line_of(error)})"
+                raise ConfigError("attention_backend", NAME, f"{why}; install nvcc and ninja, or use triton") from error
 
     def step(
         self, blocks: Sequence[Sequence[int]], starts: Sequence[int], counts: Sequence[int], num_decode: int
     ) -> Step:
-        """For sequences with so many tokens before and new ones, decoding ones first, and the blocks of each.
-
-        Waits until the plans of the step before have reached the GPU: their host memory is used again.
-        """
-        if self._copied is not None:
-            self._copied.synchronize()
+        """For sequences with so many tokens before and new ones, decoding ones first, and the blocks of each."""
         parts = slice(num_decode), slice(num_decode, None)
         groups = [self._sequences(blocks[part], starts[part], counts[part]) for part in parts]
         return Step(self, num_decode, *groups)
@@ -96,6 +94,15 @@ class FlashInfer:
         own = [number for row, used in zip(blocks, used_S.tolist(), strict=True) for number in row[:used]]
         columns = ([0, *np.cumsum(counts)], [0, *np.cumsum(used_S)], own, end_S - (used_S - 1) * self.block_size)
         return _Sequences(*(torch.from_numpy(np.array(column, dtype=np.int32)) for column in columns))
+
+    def begin(self, step: Step) -> None:
+        """It is this step's turn.
+
+        Waits until the last one's plans have reached the GPU: their host memory is used again.
+        """
+        if self._copied is not None:
+            self._copied.synchronize()
+        self.turn = step
 
     def plan(self, kind: _Kind, decoding: _Sequences | None, prompts: _Sequences | None) -> None:
         """For all layers of this kind."""
@@ -116,7 +123,7 @@ class FlashInfer:
             self._copied.record()
 
     def planner(self, kind: _Kind, decodes: bool) -> Any:
-        """One of FlashInfer's wrappers, of which each holds one plan."""
+        """Each holds one plan."""
         if (kind, decodes) not in self._planners:
             if decodes:
                 made = self._library.BatchDecodeWithPagedKVCacheWrapper(self._workspace, use_tensor_cores=True)
@@ -130,23 +137,36 @@ class Step:
     """One step's sequences, and for which kinds of layer they are planned."""
 
     def __init__(
-        self, library: FlashInfer, num_decode: int, decoding: _Sequences | None, prompts: _Sequences | None
+        self, flashinfer: FlashInfer, num_decode: int, decoding: _Sequences | None, prompts: _Sequences | None
     ) -> None:
-        self._library, self._num_decode, self._decoding, self._prompts = library, num_decode, decoding, prompts
+        self._flashinfer, self._num_decode, self._decoding, self._prompts = flashinfer, num_decode, decoding, prompts
         self._planned: set[_Kind] = set()
 
     def attend(self, q_THd: Tensor, cache: KvCache, sight: Sight, out: Tensor) -> None:
-        """Into out [T, H, d]. Raises ConfigError for chunks and sinks, which the wrappers do not know."""
-        if sight.chunk is not None or sight.sink_H is not None:
-            what = "sinks" if sight.chunk is None else "attention in chunks"
-            raise ConfigError("attention_backend", "flashinfer", f"has no {what}, which the model needs; use triton")
+        """Into out [T, H, d]. Raises ConfigError for chunks and sinks, which the planners do not know."""
+        _check(sight)
+        if not self._planned:
+            self._flashinfer.begin(self)
+        assert self._flashinfer.turn is self, "another step has planned since"
         _, H, d = q_THd.shape
         kind = _Kind(H, cache[0].shape[1], d, q_THd.dtype, sight.window, sight.scale)
         if kind not in self._planned:
-            self._library.plan(kind, self._decoding, self._prompts)
+            self._flashinfer.plan(kind, self._decoding, self._prompts)
             self._planned.add(kind)
-        pages = tuple(part.unflatten(0, (-1, self._library.block_size)) for part in cache)
+        pages = tuple(part.unflatten(0, (-1, self._flashinfer.block_size)) for part in cache)
         B = self._num_decode
         for decodes, own, rows in ((True, self._decoding, slice(B)), (False, self._prompts, slice(B, None))):
             if own is not None:
-                self._library.planner(kind, decodes).run(q_THd[rows].contiguous(), pages, out=out[rows])
+                self._flashinfer.planner(kind, decodes).run(q_THd[rows].contiguous(), pages, out=out[rows])
+
+
+def _line_of(error: Exception) -> str:
+    """What a compiler's output says in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return next((line for line in lines if "error" in line.lower()), lines[-1])
+
+
+def _check(sight: Sight) -> None:
+    if sight.chunk is not None or sight.sink_H is not None:
+        what = "sinks" if sight.chunk is None else "attention in chunks"
+        raise ConfigError("attention_backend", NAME, f"has no {what}, which the model needs; use triton")

@@ -98,7 +98,8 @@ def test_attention_kernels_that_cannot_run_are_refused(refused, monkeypatch):
     ({}, "float32", "has no kernels for float32"), ({"head_dim": 128}, "bfloat16", None),
     ({}, "bfloat16", "has kernels for heads of 64, 128 and 256 numbers, the model's have 8"),
     ({"kv_lora_rank": 8}, "bfloat16", "is not used for multi-head latent attention"),
-    ({"attention_chunk_size": 8}, "bfloat16", "has no chunks and no sinks, which the model needs"),
+    ({"attention_chunk_size": 8}, "bfloat16", "has no attention in chunks, which the model needs"),
+    ({"architectures": ["GptOssForCausalLM"]}, "bfloat16", "has no sinks, which the model needs"),
 ])  # fmt: skip
 def test_what_flashinfer_does_not_do(resolved, refused, monkeypatch, changes, dtype, problem):
     monkeypatch.setattr("nonet.config.resolve.find_spec", lambda name: object())
@@ -106,7 +107,10 @@ def test_what_flashinfer_does_not_do(resolved, refused, monkeypatch, changes, dt
     if problem is None:
         assert resolved(**settings).model.attention_backend == "flashinfer"
     else:
-        assert refused(**settings) == f"attention_backend = 'flashinfer': {problem}; use auto or reference"
+        assert refused(**settings) == f"attention_backend = 'flashinfer': {problem}; use auto or triton"
+    monkeypatch.setattr("nonet.config.resolve.find_spec", lambda name: None if name == "flashinfer" else object())
+    missing = "the module flashinfer is not installed; pip install 'nonet[flashinfer]', or use auto"
+    assert refused(**settings) == f"attention_backend = 'flashinfer': {missing}"
 
 
 def test_what_was_given_stays(resolved):

@@ -10,6 +10,7 @@ import torch
 from nonet.engine.batch import BatchBuilder
 from nonet.engine.messages import StepBatch
 from nonet.layers.attention import AttentionBatch
+from nonet.layers.attention_flashinfer import FlashInfer
 
 CPU = torch.device("cpu")
 
@@ -27,7 +28,9 @@ class Paged:
 
     def __post_init__(self) -> None:
         self.free = random.Random(self.seed).sample(range(self.num_blocks), self.num_blocks)
-        self.builder = BatchBuilder(self.block_size, self.num_blocks * self.block_size, 1, self.device, self.backend)
+        flashinfer = FlashInfer(self.block_size, self.device) if self.backend == "flashinfer" else None
+        scratch = self.num_blocks * self.block_size
+        self.builder = BatchBuilder(self.block_size, scratch, 1, self.device, self.backend, flashinfer)
 
     @property
     def places(self) -> int:

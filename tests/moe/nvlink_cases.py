@@ -5,6 +5,7 @@ Run by test_nvlink.py in a process of its own, since the interpreter is chosen w
 
 from __future__ import annotations
 
+import importlib
 import threading
 import time
 
@@ -49,6 +50,25 @@ def test_contract_of_the_other(ranks: Cluster, label: str):
 
 def test_passes_back_to_back(ranks: Cluster):
     ranks.run(check_all2all, NAME, soak(NAME, SIZE, 20))
+
+
+def pushed(world: World, name: str) -> list[tuple[list[int], int]]:
+    """On each rank: all flags and the epoch, after each of some exchanges of other numbers of rows."""
+    backend = importlib.import_module(f"nonet.moe.all2all.{name}").create(spec_of(world))
+    found = []
+    for count in (0, 1, 4, 2):
+        x_TD, slot_TK = torch.ones((count, 32)), torch.zeros((count, 2), dtype=torch.int64)
+        sent = backend.dispatch(x_TD, slot_TK, torch.ones((count, 2)), [count] * world.size).wait()
+        world.ep.barrier()
+        found.append((backend._arrived.tolist(), int(backend._epoch)))
+        backend.combine(backend._y[: len(sent.x_ND)], sent).wait()
+    return found
+
+
+@pytest.mark.parametrize("name", [NAME, "nvlink_high_throughput"])
+def test_the_shares_of_a_push_add_up(ranks: Cluster, name: str):
+    for found in ranks.run(pushed, name):
+        assert found == [([epoch * exchange.WHOLE.value] * SIZE, epoch) for epoch in (2, 3, 4, 5)]
 
 
 def spec_of(world: World, **more: object) -> All2AllSpec:
@@ -108,7 +128,7 @@ def test_the_clock_of_a_wait(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(exchange, "CLOCK", tl.constexpr(True))
     monkeypatch.setattr(exchange, "globaltimer", lambda: tl.full([], time.time_ns(), tl.int64))
     whole = exchange.WHOLE.value
-    flags, epoch, clock = torch.tensor([7, 6, 9]) * whole, torch.tensor([6]), torch.tensor([5])
+    flags, epoch, clock = torch.tensor([7 * whole, 7 * whole - 1, 9 * whole]), torch.tensor([6]), torch.tensor([5])
     late, told = torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
 
     def wait() -> float:

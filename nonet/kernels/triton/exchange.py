@@ -1,8 +1,9 @@
 """One-sided exchange over NVLink: kernels that push rows into other ranks' windows, wait for theirs, and pull results.
 
 Used by the `nvlink` all-to-alls, which say what lies where in a window; specified by the contract of all-to-alls.
-`epoch` counts the pushes of this rank on the device, so that a captured graph can be replayed. In a push a rank's flag
-grows by WHOLE, to which every program adds its share once its rows are there; before a pull it is raised to the epoch.
+`epoch` counts this rank's exchanges on the device, so that a captured graph can be replayed; `wait` counts it up. A
+rank has two flags on every rank. One grows by WHOLE with each push: every program adds its share once its rows are
+there. The other is set to the epoch before a pull.
 Waits end after `limit` (nanoseconds; in the interpreter polls): the late are then noted in `late` and, for the host, in
 `told`, no later wait waits, and no flag is raised any more. `clock` is the last time seen.
 Legend: T own tokens, D hidden, K top-k, R ranks, G slots of all ranks; addresses are int64.
@@ -18,7 +19,7 @@ from nonet.kernels.triton import INTERPRETED
 from nonet.kernels.triton.fp8 import quantized
 
 CLOCK = tl.constexpr(not INTERPRETED)
-WHOLE = tl.constexpr(4096)  # that a push adds to a flag, however many programs it has, up to as many
+WHOLE = tl.constexpr(4096)  # what a push adds to a flag in all; it has at most as many programs
 POLLS = tl.constexpr(1 if INTERPRETED else 64)  # between two looks at the clock
 
 
@@ -147,7 +148,8 @@ def push(
 
 @triton.jit
 def wait(flags, epoch, late, told, clock, limit, R, RP: tl.constexpr):
-    """Until every rank has pushed as often as this one; from here on that is the epoch."""
+    """Until every rank has pushed as often as this one; from here on that is the epoch. For one warp, so that no thread
+    reads the epoch after another has counted it up."""
     now = tl.load(epoch) + 1
     tl.store(epoch, now)
     await_flags(flags, now * WHOLE, now, late, told, clock, limit, R, RP)

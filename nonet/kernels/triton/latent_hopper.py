@@ -4,7 +4,7 @@ Used by `latent_decode` where there are more than 16 query heads, so that produc
 has 64 of them: the queries and two tiles fill shared memory, and sums of 512 columns the registers of two warpgroups,
 each of which has half of the columns. As in FlashMLA (DeepSeek, 2025) they take turns: a tile's owner brings it, makes
 its scores and weights and hands these over, then both add to their sums. A tile is on its way while the one before it
-is worked on, also from one context to the next, whose queries are as soon as no one multiplies by the last ones.
+is worked on, also from one context to the next; a context's queries are asked for once no one multiplies by others.
 What a program finds, and where it leaves it, is as in `decode`, but for contexts that are left whole (`_span`).
 Legend: that of `decode`; S slots for sequences; W the warpgroup, 0 or 1, owner of every other tile. Barriers, of each
 tile in memory: full, its rows are there; handed, its weights are; freed, the other warpgroup is done with it. One more:
@@ -22,7 +22,7 @@ WARPS = 4  # of the first warpgroup; the second is its worker
 HEADS, HALF = 64, 256  # query heads of a program; columns that one box of a row has, and those of a warpgroup's sums
 H = gl.constexpr(HEADS)
 N = gl.constexpr(64)  # places of a tile, and columns of a row beyond its value: weights lie where those were
-SLACK = gl.constexpr(10)  # tiles more than equal spans have that a program may have where all contexts stay whole
+SLACK = gl.constexpr(10)  # tiles that a program may have beyond an equal span, if then all contexts stay whole
 LOWEST = gl.constexpr(-1e30)  # as in `decode`
 SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16))
 COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16 bytes a thread
@@ -67,8 +67,8 @@ def _tiles(number):
 def _span(length, B, programs, me, SLOTS: gl.constexpr):
     """(tiles of a program, its first, the one after its last; the first's sequence, its length, its first tile).
 
-    Spans are equal, and their ends cut contexts. But if no program gets many more tiles by it, each has those contexts
-    whole whose middle lies in its span.
+    Spans are equal, and their ends cut contexts. But if no program gets more tiles by it than SLACK or a quarter of its
+    span, each has those contexts whole whose middle lies in its span.
     """
     slots = gl.arange(0, SLOTS, gl.BlockedLayout([1], [32], [4], [0]))
     here = slots < B
@@ -87,7 +87,7 @@ def _span(length, B, programs, me, SLOTS: gl.constexpr):
         owner_before_S = (begin_S - before_S + before_S // 2) // span
         start_S = gl.where((slots == 0) | (owner_S != owner_before_S), begin_S, 0)
         start_S = gl.associative_scan(start_S, 0, _larger)  # where the program of each begins
-        if gl.max(gl.where(here, end_S - start_S, 0), 0) <= span + SLACK:
+        if gl.max(gl.where(here, end_S - start_S, 0), 0) <= span + gl.minimum(span // 4, SLACK):
             mine = here & (owner_S == me)
             stop = gl.max(gl.where(mine, end_S, 0), 0)
             begin = gl.min(gl.where(mine, begin_S, stop), 0)

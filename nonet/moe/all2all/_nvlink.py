@@ -1,7 +1,7 @@
 """One-sided exchange among the GPUs of an NVLink domain: what `nvlink_low_latency` and `nvlink_high_throughput` share.
 
 The protocol of `shm`, by kernels: a rank *pushes* each token once into the window of every rank that holds one of its
-slots, then raises a flag there; a receiver waits for the flags of all ranks. Experts lay their sums in the window; a
+slots, then adds to its flag there; a receiver waits for the flags of all ranks. Experts lay their sums in the window; a
 sender waits for everyone's second flag and *pulls*. The host neither waits nor reads, so all of it can be captured in
 graphs; row t of rank r lies at the same place of every window, after the rows of the ranks before it.
 Buffers need no second copy: a rank pushes epoch e + 1 only after pulling e, which all had computed by then, and
@@ -134,7 +134,7 @@ class Nvlink:
     # -- what these are made of: a kernel each --------------------------------------------------------------------
 
     def push(self, ticket: Ticket) -> None:
-        """Rows to the ranks that hold their slots, slots and weights to all, then this rank's flag."""
+        """Rows to the ranks that hold their slots, slots and weights to all; a share of this rank's flag with each."""
         from nonet.kernels.triton import exchange
 
         at, grid, shape = self._at, *self._cut(self._push, len(ticket.x_TD))
