@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from nonet.testing.expert_layers import SHAPES, routed
+
 pytest.importorskip("triton")
 
 from nonet.kernels.triton import tuned  # noqa: E402
 from nonet.kernels.triton.tiling import Tile  # noqa: E402
 from nonet.kernels.triton.tuned import Bucket, Layer  # noqa: E402
-from nonet.testing.expert_layers import SHAPES, routed  # noqa: E402
 
 SHIPPED = sorted(tuned.FOLDER.glob("*.json"))
 SMALL, LARGE = Tile(16, 64, 128, 4, 3, True), Tile(128, 128, 64, 8, 4, False, 1, True)

@@ -36,6 +36,9 @@ class Launch:
     programs: int
 
 
+PUSH = Launch(2048, 4, 1056)  # a row a program, then as many as the GPU holds
+
+
 @dataclass(frozen=True, slots=True)
 class Ticket:
     rows: tuple[int, ...]
@@ -47,9 +50,9 @@ class Ticket:
 class Nvlink:
     captures = True
 
-    def __init__(self, spec: All2AllSpec, name: str, push: Launch, pull: Launch) -> None:
+    def __init__(self, spec: All2AllSpec, name: str, pull: Launch) -> None:
         _check(spec, name)
-        self.spec, self.name, self._push, self._pull = spec, name, push, pull
+        self.spec, self.name, self._pull = spec, name, pull
         self.takes: Takes = "pairs" if spec.exact else "rows"
         group, K, D = spec.group, spec.top_k, spec.hidden_size
         R, N = group.size, group.size * spec.max_rows
@@ -137,7 +140,7 @@ class Nvlink:
         """Rows to the ranks that hold their slots, slots and weights to all; a share of this rank's flag with each."""
         from nonet.kernels.triton import exchange
 
-        at, grid, shape = self._at, *self._cut(self._push, len(ticket.x_TD))
+        at, grid, shape = self._at, *self._cut(PUSH, len(ticket.x_TD))
         assert grid[0] <= exchange.WHOLE.value, "each program adds at least one to a flag"
         exchange.push[grid](
             ticket.x_TD, ticket.slot_TK, ticket.weight_TK, self._window_G, self._window_R, self._first_R,

@@ -1,4 +1,4 @@
-"""One-sided all-to-all over NVLink for many tokens a rank: as many programs as the GPU holds, which stay.
+"""One-sided all-to-all over NVLink for many tokens a rank: results are pulled in larger pieces.
 
 See `_nvlink`.
 """
@@ -10,4 +10,4 @@ from nonet.moe.base import All2All, All2AllSpec
 
 
 def create(spec: All2AllSpec) -> All2All:
-    return Nvlink(spec, "nvlink_high_throughput", push=Launch(2048, 4, 1056), pull=Launch(2048, 8, 528))
+    return Nvlink(spec, "nvlink_high_throughput", pull=Launch(2048, 8, 528))

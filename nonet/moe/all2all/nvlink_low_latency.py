@@ -10,4 +10,4 @@ from nonet.moe.base import All2All, All2AllSpec
 
 
 def create(spec: All2AllSpec) -> All2All:
-    return Nvlink(spec, "nvlink_low_latency", push=Launch(2048, 4, 1056), pull=Launch(1024, 4, 512))
+    return Nvlink(spec, "nvlink_low_latency", pull=Launch(1024, 4, 512))
