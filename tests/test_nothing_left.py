@@ -10,6 +10,7 @@ import sys
 import psutil
 
 from tests import conftest
+from tests.processes import living
 
 
 def left(before: tuple[set[int], set[str], set[int]]) -> list[str]:
@@ -39,8 +40,7 @@ def test_sees_an_orphan():
     seen = left(before)
     orphan.kill()
     assert [entry.split(" (")[0] for entry in seen] == [f"process {orphan.pid}"]
-    while orphan.is_running() and orphan.status() != psutil.STATUS_ZOMBIE:
-        pass
+    assert living([orphan.pid]) == []
     assert left(before) == []
 
 

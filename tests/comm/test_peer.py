@@ -8,7 +8,6 @@ import signal
 from pathlib import Path
 from unittest import mock
 
-import psutil
 import pytest
 import torch
 
@@ -17,6 +16,7 @@ from nonet.comm.wait import fence
 from nonet.comm.world import World
 from nonet.errors import CommError
 from nonet.testing.cluster import Cluster
+from tests.processes import living
 
 
 def everyone_writes_everywhere(world: World) -> list[list[float]]:
@@ -125,8 +125,7 @@ def test_killed_ranks_leave_no_memory():
     assert set(os.listdir("/dev/shm")) == shared  # not even while they live
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
-    psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=10)
-    assert not any(map(psutil.pid_exists, pids))
+    assert living(pids) == []
     cluster.close()
     assert set(os.listdir("/dev/shm")) == shared
 

@@ -10,23 +10,14 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 from oracle import folder
 
 from nonet import LLM, AsyncLLM, ConfigError, EngineDeadError, ModelError, RequestError, SamplingParams
+from tests.processes import living
 
 LONG = SamplingParams(temperature=0, max_tokens=480, ignore_eos=True)
 SETTINGS = {"data_parallel_size": 4, "enable_expert_parallel": True, "dtype": "float32"}
-
-
-def gone(pids: list[int], within_s: float) -> bool:
-    deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline:
-        if not any(psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE for p in pids):
-            return True
-        time.sleep(0.05)
-    return False
 
 
 async def kill_under_load(victim: int, settings: dict) -> None:
@@ -59,7 +50,7 @@ async def kill_under_load(victim: int, settings: dict) -> None:
     with pytest.raises(EngineDeadError, match="rank" if victim >= 0 else "supervisor"):
         async for _ in llm.stream([1]):
             pass
-    assert gone(pids, within_s=10)
+    assert living(pids) == []
     await asyncio.to_thread(llm.close)
 
 
@@ -83,7 +74,7 @@ def test_killed_front_end_leaves_nothing():
         pids = [int(p) for p in process.stdout.readline().split()]
         assert len(pids) == 5
         process.kill()
-    assert gone(pids, within_s=10)
+    assert living(pids) == []
     assert set(os.listdir("/dev/shm")) <= shared
 
 
@@ -98,7 +89,7 @@ def test_close_ends_open_requests_and_every_process():
             async for _ in stream:
                 pass
         assert "closed" in str(await llm.wait_dead())
-        assert gone(pids, within_s=1)
+        assert living(pids, within_s=1) == []
 
     asyncio.run(run())
 

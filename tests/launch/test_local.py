@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from nonet.launch.local import Node
+from tests.processes import living
 
 ROOT = str(Path(__file__).parent.parent.parent)
 ENV = {"PYTHONPATH": ROOT}
@@ -33,14 +34,7 @@ def node(entry: str, num_ranks: int, **payload: Any) -> Iterator[tuple[Node, lis
         yield made, started["pids"]
     finally:
         made.close()
-    assert gone([made.pid, *started["pids"]])
-
-
-def gone(pids: list[int], timeout_s: float = 10.0) -> bool:
-    """Whether all have ended, some time soon; a zombie has."""
-    alive = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
-    _, left = psutil.wait_procs(alive, timeout=timeout_s)
-    return all(process.status() == psutil.STATUS_ZOMBIE for process in left)
+    assert living([made.pid, *started["pids"]]) == []
 
 
 def rest_of(events: Node) -> list[dict[str, Any]]:
@@ -65,7 +59,7 @@ def test_ranks_that_end_well(tmp_path, capfd):
 def test_a_rank_that_dies_is_named_and_ends_the_others(how, reported, capfd):
     with node("end", 3, rank=1, how=how) as (made, pids):
         assert rest_of(made) == [{"event": "died", "rank": 1, "how": reported}, {"event": "done"}]
-        assert gone(pids)
+        assert living(pids) == []
     assert ("ValueError: on purpose" in capfd.readouterr().err) == (how == "raise")
 
 
@@ -73,27 +67,27 @@ def test_killing_a_rank_from_outside():
     with node("rest", 4) as (made, pids):
         os.kill(pids[2], signal.SIGKILL)
         assert made.next_event() == {"event": "died", "rank": 2, "how": "SIGKILL"}
-        assert gone(pids)
+        assert living(pids) == []
 
 
 def test_closing_the_leash_ends_the_ranks():
     with node("rest", 3) as (made, pids):
         made.close()
-        assert gone([made.pid, *pids], timeout_s=0.1)  # close() returns when they are gone
+        assert living([made.pid, *pids], within_s=0.1) == []  # close() returns when they are gone
         made.close()  # and may be called again
 
 
 def test_ranks_deaf_to_signals_end_too():
     with node("deaf", 2) as (made, pids):
         made.close()
-        assert gone(pids, timeout_s=0.1)
+        assert living(pids, within_s=0.1) == []
 
 
 def test_killing_the_supervisor_ends_the_ranks():
     with node("rest", 3) as (made, pids):
         os.kill(made.pid, signal.SIGKILL)
         assert rest_of(made) == []
-        assert gone(pids)
+        assert living(pids) == []
 
 
 def test_killing_the_parent_ends_all():
@@ -110,7 +104,7 @@ def test_killing_the_parent_ends_all():
         assert len(pids) == 4
         assert all(map(psutil.pid_exists, pids))
         parent.kill()
-    assert gone(pids)
+    assert living(pids) == []
 
 
 def test_interrupt_is_left_to_the_front_end():
@@ -127,7 +121,7 @@ def test_an_entry_that_cannot_be_imported(entry, capfd):
     assert made.next_event() is None
     made.close()
     assert "Error" in capfd.readouterr().err
-    assert gone([made.pid])
+    assert living([made.pid]) == []
 
 
 def test_the_supervisor_needs_no_torch():

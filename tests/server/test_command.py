@@ -18,6 +18,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.processes import living, started_by
 from tests.server.test_ends import Reader
 
 ROOT = str(Path(__file__).parent.parent.parent)
@@ -46,13 +47,12 @@ class Command:
             self.url = f"http://127.0.0.1:{found[1]}"
             self.look()
 
-    def look(self) -> list[psutil.Process]:
-        """All it has started."""
-        self.family = psutil.Process(self.process.pid).children(recursive=True)
-        return self.family
+    def look(self) -> None:
+        """Remember all it has started so far."""
+        self.family = started_by(self.process.pid)
 
     def of(self, module: str) -> list[psutil.Process]:
-        return [p for p in self.family if module in " ".join(p.cmdline())]
+        return started_by(self.process.pid, module)
 
     def ranks(self) -> list[psutil.Process]:
         """Forked by the supervisor, so they look like it; it is the one whose parent is the command."""
@@ -62,8 +62,7 @@ class Command:
     def end(self) -> tuple[int, str]:
         """(exit code, what it said after the first line), once it and all it started have ended."""
         code = self.process.wait(_WAIT_S)
-        _, left = psutil.wait_procs(self.family, timeout=20)
-        assert [p for p in left if p.status() != psutil.STATUS_ZOMBIE] == []
+        assert living([p.pid for p in self.family], within_s=20) == []
         return code, self.process.stderr.read()
 
 
@@ -181,7 +180,7 @@ def test_mistakes_harm_nobody_and_sigterm_lets_streams_end():
 )
 def test_a_signal_while_the_engine_starts_leaves_nothing(by, code):
     with command("--port", "0", "--api-server-count", "2", wait=False) as server:
-        while not any("nonet.launch.local" in " ".join(p.cmdline()) for p in server.look()):
+        while not server.of("nonet.launch.local"):
             time.sleep(0.05)
         time.sleep(0.3)
         server.look()

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import pytest
 
 from nonet.config.schema import ServerConfig
 from nonet.errors import ConfigError
 from nonet.server.listen import listen, url
+from tests.processes import living, started_by
 
 ROOT = str(Path(__file__).parent.parent.parent)
 _WAIT_S = 30.0
@@ -51,9 +51,8 @@ class Server:
         self.first_line = next((line for line in lines if "deaf" not in line), "")
         found = re.search(r"http://127\.0\.0\.1:(\d+)", self.first_line)
         self.port = int(found[1]) if found else 0
-        me = psutil.Process(self.process.pid)
-        self.family = me.children(recursive=True) if me.is_running() else []
-        self.api = [p.pid for p in me.children() if "nonet.server.api_process" in " ".join(p.cmdline())]
+        self.family = started_by(self.process.pid)
+        self.api = [p.pid for p in started_by(self.process.pid, "nonet.server.api_process")]
 
     def ask(self, length: int) -> Talk:
         return Talk(self.port, length)
@@ -61,8 +60,7 @@ class Server:
     def end(self) -> tuple[int, str]:
         """(exit code, what was said after the first line), once it and all it started have ended."""
         code = self.process.wait(_WAIT_S)
-        _, left = psutil.wait_procs(self.family, timeout=10)
-        assert [p for p in left if p.status() != psutil.STATUS_ZOMBIE] == []
+        assert living([p.pid for p in self.family]) == []
         return code, self.process.stderr.read()
 
 

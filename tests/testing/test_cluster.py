@@ -16,6 +16,7 @@ import torch
 from nonet.comm.world import World
 from nonet.errors import CommTimeout, ConfigError, EngineDeadError
 from nonet.testing.cluster import Cluster, run_ranks
+from tests.processes import living
 
 
 def where(world: World, *args: object) -> tuple:
@@ -114,9 +115,9 @@ def test_a_rank_killed_between_runs_is_named(fragile: Cluster):
 
 
 def test_the_supervisor_killed_between_runs(fragile: Cluster):
-    supervisor, *ranks = map(psutil.Process, fragile.pids)
-    supervisor.kill()
-    assert psutil.wait_procs(ranks, timeout=10)[1] == []
+    supervisor, *ranks = fragile.pids
+    os.kill(supervisor, signal.SIGKILL)
+    assert living(ranks) == []
     with pytest.raises(EngineDeadError, match="supervisor ended"):
         fragile.run(where)
 
@@ -152,5 +153,4 @@ def test_killing_the_parent_ends_the_ranks():
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         parent.kill()
     assert len(pids) == 3
-    alive = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
-    assert psutil.wait_procs(alive, timeout=10)[1] == []
+    assert living(pids) == []
