@@ -1,4 +1,4 @@
-"""The check in `conftest` sees what it is there to see: processes, orphans, shared memory, ports."""
+"""The checks in `conftest` and `processes` see what they are there to see: processes, orphans, shared memory, ports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import psutil
 
 from tests import conftest
-from tests.processes import living
+from tests.processes import living, started_by
 
 
 def left(before: tuple[set[int], set[str], set[int]]) -> list[str]:
@@ -42,6 +42,17 @@ def test_sees_an_orphan():
     assert [entry.split(" (")[0] for entry in seen] == [f"process {orphan.pid}"]
     assert living([orphan.pid]) == []
     assert left(before) == []
+
+
+def test_a_zombie_has_ended():
+    with subprocess.Popen(["sleep", "60"]) as process:
+        assert living([process.pid], within_s=0.1) == [process.pid]
+        assert [p.pid for p in started_by(os.getpid(), "sleep 60")] == [process.pid]
+        process.kill()
+        assert living([process.pid]) == []
+        assert started_by(os.getpid(), "sleep 60") == started_by(process.pid) == []
+        assert psutil.pid_exists(process.pid)
+    assert living([process.pid]) == started_by(process.pid) == []
 
 
 def test_sees_shared_memory():
