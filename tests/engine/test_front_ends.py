@@ -12,11 +12,11 @@ import time
 import pytest
 from attached_process import Process
 from pretend_ranks import eventually
-from test_faults import gone
 
 from nonet import LLM, SamplingParams
 from nonet.config import build_config
 from nonet.engine.client import Client
+from tests.processes import living
 
 SETTINGS = {
     "data_parallel_size": 2, "enable_expert_parallel": True, "all2all_backend": "shm", "dtype": "float32",
@@ -77,7 +77,7 @@ def test_a_killed_rank_ends_every_front_ends_streams(engine, victim):
             assert said == [wanted]
             assert when - at < 5  # well below a second where the machine is free
             assert each.process.wait(10) == 0
-    assert gone(pids, within_s=10)
+    assert living(pids) == []
 
 
 def test_a_killed_starter_ends_ranks_and_front_ends():
@@ -97,5 +97,5 @@ def test_a_killed_starter_ends_ranks_and_front_ends():
             said, _ = one.hear()
             assert said == ["the process that started the engine ended"]
             assert one.process.wait(10) == 0
-    assert gone(pids, within_s=10)
+    assert living(pids) == []
     assert set(os.listdir("/dev/shm")) <= shared
