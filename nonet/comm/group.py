@@ -49,9 +49,11 @@ class Group:
         self._roll: list[memoryview] | None = None  # how many each member entered, in shared memory
         self._handle = None  # alone, every collective is done before it starts
         if self.size > 1:
-            self._handle = dist.new_group(
-                list(ranks), timeout=datetime.timedelta(seconds=timeout_s), use_local_synchronization=True
-            )
+            timeout = datetime.timedelta(seconds=timeout_s)
+            try:
+                self._handle = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
+            except RuntimeError as error:
+                raise comm_error(f"group of ranks {self.ranks}", error, timeout_s) from error
 
     def keep_roll(self, words: list[memoryview]) -> None:
         """Count collectives where the others can see it, so that a time-out can name who is missing."""
@@ -62,11 +64,14 @@ class Group:
         """PyTorch's own object; of several ranks."""
         return self._handle
 
-    def _start(self, what: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[[], None]:
-        """Enter a collective; the returned function waits for it."""
+    def _enter(self) -> None:
         self.calls += 1
         if self._roll is not None:
             self._roll[self.rank][0] = self.calls
+
+    def _start(self, what: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[[], None]:
+        """Enter a collective; the returned function waits for it."""
+        self._enter()
         try:
             work = call(*args, group=self._handle, async_op=True, **kwargs)
         except RuntimeError as error:
@@ -84,11 +89,7 @@ class Group:
         missing = []
         if self._roll is not None:
             missing = [self.ranks[r] for r in range(self.size) if self._roll[r][0] < self.calls]
-        text = re.sub(r"^\[.*?\] ", "", str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
-        if "imed out" in text or "imeout" in text:
-            return CommTimeout(what, self.timeout_s, missing)
-        who = f" (not arrived: rank(s) {', '.join(map(str, missing))})" if missing else ""
-        return CommError(f"{what}: {text}{who}")
+        return comm_error(what, error, self.timeout_s, missing)
 
     def all_reduce(self, x: Tensor) -> Pending[Tensor]:
         """Sum over ranks, in place."""
@@ -166,7 +167,11 @@ class Group:
         if self.size == 1:
             return [item]
         out: list[Any] = [None] * self.size
-        dist.all_gather_object(out, item, group=self._handle)
+        self._enter()
+        try:
+            dist.all_gather_object(out, item, group=self._handle)
+        except RuntimeError as error:
+            raise self._translate("all_gather_object", error) from error
         return out
 
     def barrier(self) -> None:
@@ -176,6 +181,15 @@ class Group:
             self._start("barrier", dist.all_reduce, here)()
             # over NCCL the wait above only orders the stream; reading the sum holds the host until it is there
             assert here.item() == self.size, "every rank adds one"
+
+
+def comm_error(what: str, error: RuntimeError, timeout_s: float, missing: Sequence[int] = ()) -> CommError:
+    """PyTorch's error in one line, as the kind it is."""
+    text = re.sub(r"^\[.*?\] ", "", str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
+    if "imed out" in text or "imeout" in text:
+        return CommTimeout(what, timeout_s, missing)
+    who = f" (not arrived: rank(s) {', '.join(map(str, missing))})" if missing else ""
+    return CommError(f"{what}: {text}{who}")
 
 
 def _pad(x: Tensor, rows: int) -> Tensor:

@@ -11,11 +11,10 @@ import os
 import torch
 import torch.distributed as dist
 
-from nonet.comm.group import Group
+from nonet.comm.group import Group, comm_error
 from nonet.comm.peer import Windows
 from nonet.comm.wait import nap_precisely
 from nonet.config.place import Place
-from nonet.errors import CommTimeout
 
 
 class World:
@@ -38,17 +37,16 @@ class World:
                 timeout=timeout,
                 master_listen_fd=place.listen_fd,
             )
+            dist.init_process_group(
+                "nccl" if device == "cuda" else "gloo",
+                store=dist.PrefixStore("nonet", self._store),
+                rank=self.rank,
+                world_size=self.size,
+                timeout=timeout,
+                device_id=self.device if device == "cuda" else None,
+            )
         except RuntimeError as error:
-            raise CommTimeout(f"meeting the other ranks at {place.host}:{place.port}", timeout_s) from error
-        backend = "nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(
-            backend,
-            store=dist.PrefixStore("nonet", self._store),
-            rank=self.rank,
-            world_size=self.size,
-            timeout=timeout,
-            device_id=self.device if device == "cuda" else None,
-        )
+            raise comm_error(f"meeting the other ranks at {place.host}:{place.port}", error, timeout_s) from error
         self.ep = Group(range(self.size), self.rank, timeout_s, self.device)
         self.tp_size = tensor_parallel_size
         self.dp_rank, self.tp_rank = divmod(self.rank, self.tp_size)

@@ -31,7 +31,9 @@ from nonet.engine.tally import Tally, new_page
 from nonet.errors import ConfigError, EngineDeadError, NonetError
 from nonet.launch.local import Node
 
-_FAILED_GRACE_S = 1.0  # a failing rank's own words may arrive after the news of its end
+_ECHOES = ("CommError", "CommTimeout")  # a rank's words when another does not answer, mostly as that one has ended
+_ECHO_GRACE_S = 1.0  # they may arrive before the news of that end
+_FAILED_GRACE_S = 2.0  # a failing rank's own words may arrive after the news of its end
 
 
 class Client(FrontEnd):
@@ -110,6 +112,10 @@ class Client(FrontEnd):
 
     def _handle(self, message: m.FromRank) -> None:
         match message:
+            case m.Failed() if message.kind in _ECHOES:
+                later = threading.Timer(_ECHO_GRACE_S, self.fail, [_rebuild(message)])
+                later.daemon = True
+                later.start()
             case m.Failed():
                 self.fail(_rebuild(message))
             case m.Ready():

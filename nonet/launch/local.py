@@ -144,8 +144,7 @@ def _watch(ranks: dict[int, int], events: Any) -> None:
     poll.register(0, selectors.EVENT_READ)
     leash = True
     while ranks and leash:
-        for pid, rank, status in _reap(ranks):
-            del ranks[pid]
+        for rank, status in _reap(ranks):
             if status != 0:
                 _report(events, rank, status)
                 leash = False
@@ -168,14 +167,17 @@ def _ignore(number: int, frame: FrameType | None) -> None:
     """SIGCHLD only has to wake the selector."""
 
 
-def _reap(ranks: dict[int, int]) -> list[tuple[int, int, int]]:
-    """(pid, rank, exit status) of the ranks that ended."""
+def _reap(ranks: dict[int, int]) -> list[tuple[int, int]]:
+    """Takes out the ranks that ended: (rank, exit status), the killed first.
+
+    Looks twice, as one may have ended because another did, after that one was looked at.
+    """
     ended = []
-    for pid, rank in ranks.items():
-        done, status = os.waitpid(pid, os.WNOHANG)
+    for pid in [*ranks, *ranks]:
+        done, status = os.waitpid(pid, os.WNOHANG) if pid in ranks else (0, 0)
         if done:
-            ended.append((pid, rank, os.waitstatus_to_exitcode(status)))
-    return ended
+            ended.append((ranks.pop(pid), os.waitstatus_to_exitcode(status)))
+    return sorted(ended, key=lambda one: one[1] >= 0)
 
 
 def _report(events: Any, rank: int, status: int) -> None:

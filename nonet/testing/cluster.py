@@ -141,7 +141,7 @@ class _Ranks:
             if event["event"] == "started":
                 self.pids = event["pids"]
             elif event["event"] == "died":
-                self._news = event
+                self._news = self._news or event
         self._news = self._news or {"event": "ended"}
 
     def run(self, function: str, args: tuple[Any, ...], timeout_s: float) -> list[Any]:

@@ -162,12 +162,13 @@ def told(group: Group, what: str) -> tuple[str, tuple[int, ...], float]:
     """Enter a collective that not all ranks enter: the error's words, its `missing` and after how long."""
     start, rows = time.monotonic(), [1] * group.size
     call = {
-        "all_reduce": lambda: group.all_reduce(torch.ones(1, WIDTH)),
-        "all_gather": lambda: group.all_gather_rows(torch.ones(1, WIDTH), rows),
-        "all_to_all": lambda: group.all_to_all_rows(torch.ones(group.size, WIDTH), rows, rows),
+        "all_reduce": lambda: group.all_reduce(torch.ones(1, WIDTH)).wait(),
+        "all_gather": lambda: group.all_gather_rows(torch.ones(1, WIDTH), rows).wait(),
+        "all_to_all": lambda: group.all_to_all_rows(torch.ones(group.size, WIDTH), rows, rows).wait(),
+        "all_gather_object": lambda: group.all_gather_object("here"),
     }[what]
     try:
-        call().wait()
+        call()
     except CommError as error:
         return str(error), error.missing if isinstance(error, CommTimeout) else (), time.monotonic() - start
     return "nothing was raised", (), 0.0
@@ -185,7 +186,9 @@ def absent(world: World, late: int, what: str) -> tuple[str, tuple[int, ...], fl
     return told(group, what)
 
 
-@pytest.mark.parametrize(("late", "what"), [(0, "all_gather"), (1, "all_reduce"), (3, "all_to_all")])
+@pytest.mark.parametrize(
+    ("late", "what"), [(0, "all_gather"), (1, "all_reduce"), (3, "all_to_all"), (2, "all_gather_object")]
+)
 def test_time_out_names_the_missing_rank(cluster4: Cluster, late, what):
     outs = cluster4.run(absent, late, what)
     outs.pop(late)

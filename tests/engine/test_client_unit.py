@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import msgspec
 import pytest
@@ -24,7 +25,8 @@ def start(monkeypatch):
     """start(**settings) -> (client, node); closed at the end."""
     monkeypatch.setattr(under_test, "Node", PretendNode)
     monkeypatch.setattr(front_end, "_POLL_MS", 5)
-    monkeypatch.setattr(under_test, "_FAILED_GRACE_S", 0.3)
+    monkeypatch.setattr(under_test, "_FAILED_GRACE_S", 0.6)
+    monkeypatch.setattr(under_test, "_ECHO_GRACE_S", 0.3)
     monkeypatch.setattr(PretendNode, "silent", ())
     monkeypatch.setattr(PretendNode, "first_words", None)
     started = []
@@ -260,6 +262,38 @@ def test_a_failing_ranks_own_words_win_over_the_news_of_its_end(start):
     node.say(m.Failed(0, "EngineDeadError", "ZeroDivisionError: division by zero", []))
     assert str(all_told(sink)[0]) == "rank 0: ZeroDivisionError: division by zero"
     assert sink.nothing_more()
+
+
+ECHO = m.Failed(0, "CommError", "all_gather: Connection reset by peer", [])
+
+
+@pytest.mark.parametrize(
+    ("cause", "words"),
+    [
+        ({"event": "died", "rank": 1, "how": "SIGKILL"}, "rank 1 died (SIGKILL)"),
+        (m.Failed(1, "EngineDeadError", "KeyError: 'a'", []), "rank 1: KeyError: 'a'"),
+        ({"event": "died", "rank": 0, "how": "exit code 1"}, "rank 0: all_gather: Connection reset by peer"),
+        (None, "rank 0: all_gather: Connection reset by peer"),
+    ],
+)
+@pytest.mark.parametrize("echo_first", [True, False])
+def test_what_ended_a_rank_wins_over_those_who_miss_it(start, cause, words, echo_first):
+    client, node = start(data_parallel_size=2)
+    sink = Sink()
+    client.submit([request("a")], sink)
+    if echo_first:
+        node.say(ECHO)
+        time.sleep(0.1)
+    if isinstance(cause, m.Failed):
+        node.say(cause)
+    elif cause is not None:
+        node.events.put(cause)
+    if not echo_first:
+        node.say(ECHO)
+    assert str(all_told(sink)[0]) == words
+    time.sleep(0.4)
+    assert sink.nothing_more()
+    assert str(client.error) == words
 
 
 def test_a_rank_that_ends_without_a_word_is_named_too(start):

@@ -30,6 +30,13 @@ def deaf(place: Place, payload: dict[str, Any]) -> None:
     time.sleep(600)
 
 
+def exits(place: Place, payload: dict[str, Any]) -> None:
+    """Ends with an exit code of its own when told to."""
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(7))
+    print("ready", file=sys.stderr, flush=True)
+    time.sleep(600)
+
+
 def leave(place: Place, payload: dict[str, Any]) -> None:
     """Say where this rank stands, in a file and on standard output, and end well."""
     print("this must not reach the events", place.rank, flush=True)

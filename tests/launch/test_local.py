@@ -70,6 +70,21 @@ def test_killing_a_rank_from_outside():
         assert living(pids) == []
 
 
+def test_the_kill_that_made_others_end_is_reported_first(capfd):
+    """A supervisor that comes late finds both ended."""
+    with node("exits", 2) as (made, pids):
+        said = ""
+        while said.count("ready") < 2:
+            said += capfd.readouterr().err
+        os.kill(made.pid, signal.SIGSTOP)
+        os.kill(pids[1], signal.SIGKILL)
+        os.kill(pids[0], signal.SIGTERM)
+        assert living(pids) == []
+        os.kill(made.pid, signal.SIGCONT)
+        died = [event for event in rest_of(made) if event["event"] == "died"]
+        assert [(event["rank"], event["how"]) for event in died] == [(1, "SIGKILL"), (0, "exit code 7")]
+
+
 def test_closing_the_leash_ends_the_ranks():
     with node("rest", 3) as (made, pids):
         made.close()
