@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,10 +21,8 @@ LONG = SamplingParams(temperature=0, max_tokens=480, ignore_eos=True)
 SETTINGS = {"data_parallel_size": 4, "enable_expert_parallel": True, "dtype": "float32"}
 
 
-async def kill_under_load(victim: int, settings: dict) -> None:
-    """`victim` is a rank, or -1 for the supervisor."""
-    llm = AsyncLLM(folder("top1"), **settings)
-    pids = [*llm.client.pids, llm.client.supervisor_pid]
+async def ends_under_load(llm: AsyncLLM, number: int, pid: int) -> tuple[set[str], float]:
+    """What requests say of a process that gets a signal, and after how many seconds the last did."""
     started = asyncio.Event()
 
     async def request(i: int) -> str:
@@ -36,12 +35,18 @@ async def kill_under_load(victim: int, settings: dict) -> None:
 
     tasks = [asyncio.create_task(request(i)) for i in range(12)]
     await started.wait()
-    waiting = asyncio.create_task(llm.wait_dead())
     assert llm.dead is None
     at = time.monotonic()
-    os.kill(pids[victim], signal.SIGKILL)
-    said = set(await asyncio.gather(*tasks))
-    took = time.monotonic() - at
+    os.kill(pid, number)
+    return set(await asyncio.gather(*tasks)), time.monotonic() - at
+
+
+async def kill_under_load(victim: int, settings: dict) -> None:
+    """`victim` is a rank, or -1 for the supervisor."""
+    llm = AsyncLLM(folder("top1"), **settings)
+    pids = [*llm.client.pids, llm.client.supervisor_pid]
+    waiting = asyncio.create_task(llm.wait_dead())
+    said, took = await ends_under_load(llm, signal.SIGKILL, pids[victim])
     wanted = "the supervisor of the ranks ended" if victim == -1 else f"rank {victim} died (SIGKILL)"
     assert said == {wanted}
     assert took < 10
@@ -61,6 +66,21 @@ def test_killed_process_ends_every_request(victim):
 
 def test_killed_rank_while_others_wait_in_a_collective():
     asyncio.run(kill_under_load(1, {"tensor_parallel_size": 2, "data_parallel_size": 1, "dtype": "float32"}))
+
+
+def test_a_rank_that_hangs_is_named_and_ended():
+    async def run() -> None:
+        settings = {**SETTINGS, "data_parallel_size": 2, "all2all_backend": "shm", "comm_timeout_s": 2}
+        llm = AsyncLLM(folder("top1"), **settings)
+        pids = [*llm.client.pids, llm.client.supervisor_pid]
+        said, took = await ends_under_load(llm, signal.SIGSTOP, pids[1])
+        (words,) = said
+        assert re.fullmatch(r"rank 0: [\w ]+: rank\(s\) 1 did not arrive within 2 s", words)
+        assert took < 10
+        await asyncio.to_thread(llm.close)
+        assert living(pids) == []
+
+    asyncio.run(run())
 
 
 def test_killed_front_end_leaves_nothing():
