@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,12 +71,11 @@ def test_killing_a_rank_from_outside():
         assert living(pids) == []
 
 
-def test_the_kill_that_made_others_end_is_reported_first(capfd):
+def test_the_kill_that_made_others_end_is_reported_first(tmp_path):
     """A supervisor that comes late finds both ended."""
-    with node("exits", 2) as (made, pids):
-        said = ""
-        while said.count("ready") < 2:
-            said += capfd.readouterr().err
+    with node("exits", 2, folder=str(tmp_path)) as (made, pids):
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.01)
         os.kill(made.pid, signal.SIGSTOP)
         os.kill(pids[1], signal.SIGKILL)
         os.kill(pids[0], signal.SIGTERM)
