@@ -25,8 +25,8 @@ def start(monkeypatch):
     """start(**settings) -> (client, node); closed at the end."""
     monkeypatch.setattr(under_test, "Node", PretendNode)
     monkeypatch.setattr(front_end, "_POLL_MS", 5)
-    monkeypatch.setattr(under_test, "_FAILED_GRACE_S", 0.6)
-    monkeypatch.setattr(under_test, "_ECHO_GRACE_S", 0.3)
+    monkeypatch.setattr(under_test, "_FAILED_GRACE_S", 1.0)
+    monkeypatch.setattr(under_test, "_ECHO_GRACE_S", 0.5)
     monkeypatch.setattr(PretendNode, "silent", ())
     monkeypatch.setattr(PretendNode, "first_words", None)
     started = []
@@ -283,7 +283,7 @@ def test_what_ended_a_rank_wins_over_those_who_miss_it(start, cause, words, echo
     client.submit([request("a")], sink)
     if echo_first:
         node.say(ECHO)
-        time.sleep(0.1)
+        time.sleep(0.02)
     if isinstance(cause, m.Failed):
         node.say(cause)
     elif cause is not None:
@@ -291,7 +291,7 @@ def test_what_ended_a_rank_wins_over_those_who_miss_it(start, cause, words, echo
     if not echo_first:
         node.say(ECHO)
     assert str(all_told(sink)[0]) == words
-    time.sleep(0.4)
+    time.sleep(0.6)  # also for what waited
     assert sink.nothing_more()
     assert str(client.error) == words
 
