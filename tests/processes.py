@@ -8,19 +8,19 @@ from collections.abc import Sequence
 import psutil
 
 
-def living(pids: Sequence[int], within_s: float = 10.0) -> list[int]:
-    """Those of `pids` that have not ended `within_s` seconds from now; a zombie has ended."""
+def living(pids: Sequence[int], within_s: float = 10.0, zombies: bool = False) -> list[int]:
+    """Those of `pids` that have not ended `within_s` seconds from now. A zombie has, unless `zombies` count."""
     deadline = time.monotonic() + within_s
-    while left := [pid for pid in pids if _lives(pid)]:
+    while left := [pid for pid in pids if _lives(pid, zombies)]:
         if time.monotonic() > deadline:
             return left
         time.sleep(0.01)
     return []
 
 
-def _lives(pid: int) -> bool:
+def _lives(pid: int, zombies: bool) -> bool:
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE or zombies
     except psutil.NoSuchProcess:
         return False
 

@@ -51,8 +51,8 @@ def test_a_zombie_has_ended():
         process.kill()
         assert living([process.pid]) == []
         assert started_by(os.getpid(), "sleep 60") == started_by(process.pid) == []
-        assert psutil.pid_exists(process.pid)
-    assert living([process.pid]) == started_by(process.pid) == []
+        assert living([process.pid], within_s=0.1, zombies=True) == [process.pid]
+    assert living([process.pid], zombies=True) == started_by(process.pid) == []
 
 
 def test_sees_shared_memory():

@@ -125,7 +125,7 @@ def test_killed_ranks_leave_no_memory():
     assert set(os.listdir("/dev/shm")) == shared  # not even while they live
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
-    assert living(pids) == []
+    assert living(pids, zombies=True) == []
     cluster.close()
     assert set(os.listdir("/dev/shm")) == shared
 

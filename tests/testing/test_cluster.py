@@ -117,7 +117,7 @@ def test_a_rank_killed_between_runs_is_named(fragile: Cluster):
 def test_the_supervisor_killed_between_runs(fragile: Cluster):
     supervisor, *ranks = fragile.pids
     os.kill(supervisor, signal.SIGKILL)
-    assert living(ranks) == []
+    assert living(ranks, zombies=True) == []
     with pytest.raises(EngineDeadError, match="supervisor ended"):
         fragile.run(where)
 
@@ -153,4 +153,4 @@ def test_killing_the_parent_ends_the_ranks():
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         parent.kill()
     assert len(pids) == 3
-    assert living(pids) == []
+    assert living(pids, zombies=True) == []
